@@ -1,0 +1,246 @@
+"""TurboQuantCache against transformers' DynamicCache, on tiny random models of every kind of layer."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import ARCHITECTURES, BASE, STATEFUL, ExactBlocks, build
+from torch import Tensor
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from turboquant_core import KVCacheConfig, TurboQuantCache, compressed_states
+
+SCENARIOS: dict[str, dict[str, Any]] = {
+    "greedy": {"max_new_tokens": 12},
+    "sampling": {"max_new_tokens": 12, "do_sample": True},
+    "beams": {"max_new_tokens": 10, "num_beams": 3},
+    "chunked prefill": {"max_new_tokens": 4, "prefill_chunk_size": 16},
+    "prompt lookup": {"max_new_tokens": 16, "prompt_lookup_num_tokens": 4},
+}
+CASES = [
+    (architecture, scenario)
+    for architecture, scenario in itertools.product(ARCHITECTURES, SCENARIOS)
+    if not (scenario == "prompt lookup" and architecture in STATEFUL)
+]
+
+
+@pytest.fixture
+def exact_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make blocks exact and 4 tokens long, so that a short prompt fills many."""
+    monkeypatch.setattr(compressed_states, "block_quantizer", lambda *_: ExactBlocks())
+    monkeypatch.setattr(compressed_states, "BLOCK_SIZE", 4)
+
+
+@pytest.fixture(autouse=True)
+def no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def prompts(scenario: str) -> tuple[Tensor, Tensor]:
+    """Return token ids and mask: three left-padded prompts, or one that repeats itself."""
+    ids = torch.randint(3, 64, (3, 30), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    if scenario == "prompt lookup":
+        return ids[:1].repeat(1, 2), mask[:1].repeat(1, 2)
+    mask[1, :7] = 0
+    mask[2, :20] = 0
+    return ids.masked_fill(mask == 0, 0), mask
+
+
+def generate(model: Any, ids: Tensor, mask: Tensor, cache: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """Return the token ids and the logits of every step, ``[steps, batch, vocabulary]``."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        output = model.generate(
+            ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            pad_token_id=0,
+            eos_token_id=None,
+            return_dict_in_generate=True,
+            output_logits=True,
+            **options,
+        )
+    return output.sequences, torch.stack(output.logits)
+
+
+@functools.lru_cache(maxsize=len(SCENARIOS))
+def reference(architecture: str, scenario: str) -> tuple[Tensor, Tensor]:
+    model = build(architecture)
+    return generate(model, *prompts(scenario), DynamicCache(config=model.config), **SCENARIOS[scenario])
+
+
+@pytest.mark.parametrize("with_config", [True, False], ids=["config", "lazy"])
+@pytest.mark.parametrize(("architecture", "scenario"), CASES)
+def test_exact_blocks_give_the_tokens_and_logits_of_dynamic_cache(
+    architecture: str, scenario: str, with_config: bool, exact_small_blocks: None
+) -> None:
+    model = build(architecture)
+    cache = TurboQuantCache(residual_length=3, config=model.config if with_config else None)
+    expected_ids, expected_logits = reference(architecture, scenario)
+    ids, logits = generate(model, *prompts(scenario), cache, **SCENARIOS[scenario])
+    assert torch.equal(ids, expected_ids)
+    torch.testing.assert_close(logits, expected_logits, atol=1e-4, rtol=1e-4)
+    assert cache.memory_footprint().compressed_bytes > 0
+
+
+@pytest.mark.parametrize("with_config", [True, False], ids=["config", "lazy"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_turns_copies_and_reset_give_the_tokens_of_dynamic_cache(
+    architecture: str, with_config: bool, exact_small_blocks: None
+) -> None:
+    model = build(architecture)
+    ids, mask = prompts("greedy")
+    ids, mask = ids[:1], mask[:1]
+
+    def turns(cache: Any, second_cache: Any) -> list[Tensor]:
+        """Two turns, the second also on a copy of the first's cache; then something else on the used cache."""
+        first, _ = generate(model, ids, mask, cache, max_new_tokens=6)
+        longer = torch.cat([first, ids[:, :9]], 1)
+        branch = copy.deepcopy(cache)
+        second, _ = generate(model, longer, torch.ones_like(longer), cache, max_new_tokens=6)
+        other, _ = generate(model, longer, torch.ones_like(longer), branch, max_new_tokens=6, do_sample=True)
+        if second_cache is cache:
+            cache.reset()
+        fresh, _ = generate(model, ids[:, 5:], mask[:, 5:], second_cache, max_new_tokens=6)
+        return [first, second, other, fresh]
+
+    expected = turns(DynamicCache(config=model.config), DynamicCache(config=model.config))
+    cache = TurboQuantCache(residual_length=3, config=model.config if with_config else None)
+    for got, want in zip(turns(cache, cache), expected, strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.fixture(scope="module")
+def llama() -> LlamaForCausalLM:
+    """A model with heads of 64, wide enough logits and 4,096 positions."""
+    config = LlamaConfig(
+        **{**BASE, "head_dim": 64, "initializer_range": 0.15, "max_position_embeddings": 4096}
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize(("bits", "bound"), [(8, 0.01), (4, 0.15), (3, 0.3), (2, 0.6)])
+def test_logits_stay_near_those_of_dynamic_cache(llama: LlamaForCausalLM, bits: int, bound: float) -> None:
+    """RMS error of the logits after 300 tokens, all but the last few of them quantized, over the logits' RMS."""
+    ids = torch.randint(3, 64, (2, 321), generator=torch.Generator().manual_seed(2))
+    logits = []
+    for cache in (DynamicCache(), TurboQuantCache(bits, residual_length=0)):
+        llama(ids[:, :300], past_key_values=cache)
+        logits.append(llama(ids[:, 300:], past_key_values=cache).logits)
+    error = (logits[1] - logits[0]).square().mean().sqrt() / logits[0].square().mean().sqrt()
+    assert error < bound
+
+
+def test_8_bits_give_the_greedy_text_of_dynamic_cache(llama: LlamaForCausalLM) -> None:
+    ids = torch.randint(3, 64, (2, 200), generator=torch.Generator().manual_seed(2))
+    cache = TurboQuantCache(bits=8, residual_length=16, config=llama.config)
+    expected, _ = generate(llama, ids, torch.ones_like(ids), DynamicCache(), max_new_tokens=24)
+    got, _ = generate(llama, ids, torch.ones_like(ids), cache, max_new_tokens=24)
+    assert torch.equal(got, expected)
+    assert cache.get_seq_length() == 223
+
+
+def tensors_of(thing: object, seen: set[int]) -> Iterator[Tensor]:
+    """Yield every tensor that can be reached from an object."""
+    if id(thing) in seen:
+        return
+    seen.add(id(thing))
+    if isinstance(thing, Tensor):
+        yield thing
+    elif isinstance(thing, dict):
+        for item in thing.values():
+            yield from tensors_of(item, seen)
+    elif isinstance(thing, (list, tuple)):
+        for item in thing:
+            yield from tensors_of(item, seen)
+    elif hasattr(thing, "__dict__"):
+        yield from tensors_of(vars(thing), seen)
+
+
+def storage_bytes(cache: TurboQuantCache) -> int:
+    """Sum the storages behind the tensors that a cache holds: a small view of a large tensor counts as large."""
+    storages = {
+        x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors_of(cache, set())
+    }
+    return sum(storages.values())
+
+
+def test_footprint_at_4_bits_is_what_codes_norms_means_and_residual_take() -> None:
+    cache = TurboQuantCache(bits=4)
+    for layer_idx in range(3):
+        states = torch.randn(1, 2, 4096, 128, dtype=torch.bfloat16)
+        cache.update(states, states, layer_idx)
+    footprint = cache.memory_footprint()
+    heads = 3 * 2 * 2  # layers, kv heads, keys and values
+    assert footprint.compressed_bytes == heads * (4096 - 128) * (64 + 2 + 4)
+    assert footprint.residual_bytes == heads * 128 * 128 * 2
+    assert footprint.other_bytes == 0
+    assert footprint.bf16_bytes == heads * 4096 * 128 * 2
+    assert footprint.total_bytes == storage_bytes(cache)
+    assert footprint.bits_per_value == 8 * footprint.total_bytes / (heads * 4096 * 128)
+    assert footprint.compressed_bytes == (4096 - 128) * 3 * 2 * KVCacheConfig().bytes_per_token(128, 128)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "falcon_h1"])
+def test_nothing_as_long_as_the_past_survives_a_step_but_codes(architecture: str) -> None:
+    """Neither a dequantized copy nor a view that keeps one alive, whatever happened to the cache."""
+    model = build(architecture)
+    cache = TurboQuantCache(bits=4, residual_length=16, config=model.config)
+    ids = torch.randint(3, 64, (2, 230), generator=torch.Generator().manual_seed(3))
+    model(ids[:, :200], past_key_values=cache)
+    for step in range(200, 230):
+        model(ids[:, step : step + 1], past_key_values=cache)
+    cache.reorder_cache(torch.tensor([1, 1]))
+    if architecture == "llama":
+        cache.crop(-60)
+        assert cache.get_seq_length() == 170
+    assert storage_bytes(cache) == cache.memory_footprint().total_bytes
+    longest = max(x.shape[2] for x in tensors_of(cache, set()) if x.dtype == torch.float32 and x.dim() == 4)
+    assert longest < 16 + 64
+
+
+def test_rows_of_the_batch_can_be_repeated_and_selected_in_every_kind_of_layer() -> None:
+    model = build("falcon_h1")
+    ids = torch.randint(3, 64, (2, 150), generator=torch.Generator().manual_seed(3))
+    cache = TurboQuantCache(residual_length=16)
+    model(ids[:, :140], past_key_values=cache)
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([True, False, True, True]))
+    cache.batch_select_indices(torch.tensor([2, 0]))
+    swapped = model(ids[[1, 0], 140:], past_key_values=cache).logits
+
+    cache = TurboQuantCache(residual_length=16)
+    model(ids[:, :140], past_key_values=cache)
+    expected = model(ids[:, 140:], past_key_values=cache).logits[[1, 0]]
+    torch.testing.assert_close(swapped, expected)
+
+
+def test_a_cache_that_needs_the_config_says_so() -> None:
+    with pytest.raises(ValueError, match="config=model.config"):
+        TurboQuantCache().update_conv_state(torch.zeros(1, 8, 4), 0, state_idx=1)
+
+
+def test_bits_are_checked_at_once_and_heads_below_16_at_the_first_forward() -> None:
+    with pytest.raises(ValueError, match="2, 3, 4 or 8"):
+        TurboQuantCache(bits=5)
+    cache = TurboQuantCache()
+    states = torch.zeros(1, 2, 3, 8)
+    with pytest.raises(ValueError, match="head_dim of at least 16"):
+        cache.update(states, states, 0)
+
+
+def test_key_and_value_bits_are_separate_and_default_to_bits() -> None:
+    cache = TurboQuantCache(8, value_bits=2, residual_length=0)
+    states = torch.randn(1, 1, 64, 32)
+    cache.update(states, states, 0)
+    assert cache.memory_footprint().compressed_bytes == 64 * (32 + 8 + 2 * (2 + 1))

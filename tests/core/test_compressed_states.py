@@ -1,0 +1,113 @@
+"""CompressedStates with the real quantizer: what is exact, what is quantized once, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from turboquant_core import BlockQuantizer, KVCacheConfig
+from turboquant_core.compressed_states import CompressedStates
+
+
+def random_states(
+    num_tokens: int, *, batch: int = 2, head_dim: int = 48, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    generator = torch.Generator().manual_seed(num_tokens)
+    # Strides as a model gives them: the heads lie side by side in each token.
+    return torch.randn(batch, num_tokens, 3, head_dim, generator=generator).to(dtype).transpose(1, 2)
+
+
+def empty(states: Tensor, *, bits: int = 4, residual_length: int = 16) -> CompressedStates:
+    return CompressedStates(states, bits, "norm_corrected", KVCacheConfig(residual_length=residual_length))
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.integers(1, 90), min_size=1, max_size=6), st.sampled_from([0, 16, 65]))
+def test_the_newest_tokens_are_exact_and_each_older_block_is_quantized_once(
+    counts: list[int], residual_length: int
+) -> None:
+    states = random_states(sum(counts), batch=1)
+    held = empty(states, residual_length=residual_length)
+    quantizer = BlockQuantizer(48, 4, scale="norm_corrected")
+    num_seen = 0
+    for count in counts:
+        num_quantized = 64 * max(0, (num_seen - residual_length) // 64)
+        full = held.append(states[:, :, num_seen : num_seen + count])
+        num_seen += count
+        blocks = states[:, :, :num_quantized].unflatten(2, (-1, 64))
+        expected = quantizer.dequantize(quantizer.quantize(blocks)).flatten(2, 3)
+        torch.testing.assert_close(full[:, :, :num_quantized], expected)
+        assert torch.equal(full[:, :, num_quantized:], states[:, :, num_quantized:num_seen])
+
+
+def test_a_long_prompt_in_pieces_equals_the_same_in_one() -> None:
+    """2,048 tokens of 3 heads of 256 are several pieces of the quantizer's work."""
+    states = random_states(2048, head_dim=256)
+    held = empty(states, residual_length=0)
+    held.append(states)
+    quantizer = BlockQuantizer(256, 4, scale="norm_corrected")
+    blocks = quantizer.quantize(states.unflatten(2, (32, 64)))
+    assert torch.equal(held.blocks.codes, blocks.codes)
+    full = held.append(states[:, :, :1])
+    torch.testing.assert_close(full[:, :, :-1], quantizer.dequantize(blocks).flatten(2, 3))
+
+
+def test_a_crop_inside_a_block_returns_its_tokens_to_the_residual_as_they_were_stored() -> None:
+    states = random_states(200)
+    held = empty(states)
+    held.append(states)
+    stored = held.append(states[:, :, :1])[:, :, :200]
+    assert held.num_blocks == 2
+    held.crop(201 - 100)
+    assert (held.num_blocks, held.residual.shape[2]) == (1, 36)
+    full = held.append(states[:, :, :3])
+    torch.testing.assert_close(full[:, :, :100], stored[:, :, :100])
+    held.crop(103)
+    assert held.num_tokens == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_states_come_back_in_the_models_dtype(dtype: torch.dtype) -> None:
+    states = random_states(150, dtype=dtype)
+    held = empty(states, bits=8)
+    assert held.append(states).dtype == dtype
+    full = held.append(states[:, :, :1])
+    assert full.dtype == held.residual.dtype == dtype
+    torch.testing.assert_close(full[:, :, :150], states, atol=0.05, rtol=0)
+
+
+def test_a_window_forgets_before_it_quantizes() -> None:
+    states = random_states(1000)
+    held = empty(states, residual_length=16)
+    assert held.append(states, window=100).shape[2] == 1000
+    assert (held.num_blocks, held.residual.shape[2]) == (1, 36)
+    held.trim(5)
+    assert (held.num_blocks, held.residual.shape[2]) == (0, 5)
+
+
+def test_what_is_held_carries_no_gradient_and_what_is_returned_does() -> None:
+    states = random_states(100).requires_grad_()
+    held = empty(states, residual_length=0)
+    held.append(states)
+    assert held.append(states[:, :, :2]).requires_grad
+    assert not held.residual.requires_grad
+    assert not any(x.requires_grad for x in held.blocks)
+
+
+@pytest.mark.parametrize("other", [(1, 3, 48), (2, 1, 48), (2, 3, 32)])
+def test_tokens_of_another_shape_are_refused_not_broadcast(other: tuple[int, int, int]) -> None:
+    states = random_states(100)
+    held = empty(states)
+    held.append(states)
+    batch, num_heads, head_dim = other
+    with pytest.raises(ValueError, match="use a new cache"):
+        held.append(torch.zeros(batch, num_heads, 1, head_dim))
+    assert held.num_tokens == 100
+
+
+def test_heads_below_16_are_refused() -> None:
+    with pytest.raises(ValueError, match="head_dim of at least 16 and this model has 8"):
+        empty(torch.zeros(1, 1, 1, 8))
