@@ -101,7 +101,7 @@ def test_turns_copies_and_reset_give_the_tokens_of_dynamic_cache(
     ids, mask = ids[:1], mask[:1]
 
     def turns(cache: Any, second_cache: Any) -> list[Tensor]:
-        """Two turns, the second also on a copy of the first's cache; then something else on the used cache."""
+        """Two turns, the second also on a copy of the first's cache; then another on the used cache."""
         first, _ = generate(model, ids, mask, cache, max_new_tokens=6)
         longer = torch.cat([first, ids[:, :9]], 1)
         branch = copy.deepcopy(cache)
@@ -131,7 +131,7 @@ def llama() -> LlamaForCausalLM:
 
 @pytest.mark.parametrize(("bits", "bound"), [(8, 0.01), (4, 0.15), (3, 0.3), (2, 0.6)])
 def test_logits_stay_near_those_of_dynamic_cache(llama: LlamaForCausalLM, bits: int, bound: float) -> None:
-    """RMS error of the logits after 300 tokens, all but the last few of them quantized, over the logits' RMS."""
+    """RMS error of the logits after 300 tokens, most of them quantized, over the logits' RMS."""
     ids = torch.randint(3, 64, (2, 321), generator=torch.Generator().manual_seed(2))
     logits = []
     for cache in (DynamicCache(), TurboQuantCache(bits, residual_length=0)):
@@ -168,7 +168,7 @@ def tensors_of(thing: object, seen: set[int]) -> Iterator[Tensor]:
 
 
 def storage_bytes(cache: TurboQuantCache) -> int:
-    """Sum the storages behind the tensors that a cache holds: a small view of a large tensor counts as large."""
+    """Sum the storages behind a cache's tensors: a small view of a large tensor counts as large."""
     storages = {
         x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors_of(cache, set())
     }
@@ -226,7 +226,7 @@ def test_rows_of_the_batch_can_be_repeated_and_selected_in_every_kind_of_layer()
 
 
 def test_a_cache_that_needs_the_config_says_so() -> None:
-    with pytest.raises(ValueError, match="config=model.config"):
+    with pytest.raises(ValueError, match=r"config=model\.config"):
         TurboQuantCache().update_conv_state(torch.zeros(1, 8, 4), 0, state_idx=1)
 
 
