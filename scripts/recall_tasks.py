@@ -3,7 +3,7 @@
 `SequenceMaker` mixes plain text with made-up tasks (planted facts with questions, the same as a chat,
 key-value lists, copying, small talk) for `train_demo_model.py`; `planted_prompt` makes the retrieval
 prompts that `evaluate_quality.py` asks. Everything is drawn from one numpy generator, so a seed fixes it.
-This file knows nothing of models.
+This file knows nothing of models. It has more than 300 lines because one maker has a method for each task.
 """
 
 from __future__ import annotations

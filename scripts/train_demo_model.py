@@ -4,13 +4,14 @@
 
 One run on one GPU, start to end: collects the text that lies on this machine (sources and docs of the
 standard library and of the installed packages), trains a byte-level BPE on it, trains the model for a
-fixed number of steps while worker processes make the sequences (`recall_tasks.py`), checks the exported
-weights against transformers, and measures perplexity and exact recall. Same machine image, same seed:
-same data, same steps. The last line is one JSON object.
+fixed number of steps while worker processes make the sequences (`recall_tasks.py`), and measures the
+perplexity and exact recall of the exported model in transformers. Same machine image, same seed: same
+data, same steps. The last line is one JSON object.
 
 Speed comes from three things: sequences of 512, then 2,048, then 8,192 tokens with the same number of
 tokens a step, so that everything around attention is compiled once; cuDNN attention; Muon, whose
-orthogonalisation runs on stacks of equal matrices.
+orthogonalisation runs on stacks of equal matrices. The file has more than 300 lines because a run is read
+from top to bottom.
 """
 
 from __future__ import annotations
