@@ -1,0 +1,108 @@
+"""Fixtures that every test may use: a tiny random chat model, made here, so that no test needs a network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TOKENIZER_TEXT = ["The access code of the harbour is 123456. What is the access code of the harbour?"] * 4
+VOCAB_SIZE = 300  # 3 special tokens, 256 bytes, 41 merges
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_torch_thread() -> None:
+    """Keep torch on one thread: small operations on shared cores are several times slower with more."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def kept_default_dtype() -> Iterator[None]:
+    """Fail a test that leaves torch's default dtype changed."""
+    yield
+    assert torch.get_default_dtype() is torch.float32
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE tokenizer with ChatML's tokens and template; any text round-trips."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special_tokens = [
+        AddedToken(text, normalized=False, special=True)
+        for text in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    ]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=special_tokens,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TOKENIZER_TEXT, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Save a random float32 Llama (2 layers, 4 query and 2 kv heads of 64) with its tokenizer."""
+    path = tmp_path_factory.mktemp("tiny-model")
+    tokenizer = build_tokenizer()
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=2048,
+        # Wide enough that the next-token distribution is neither flat nor a repetition of one token.
+        initializer_range=0.15,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+    model.generation_config.eos_token_id = [
+        tokenizer.convert_tokens_to_ids("<|im_end|>"),
+        tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+    ]
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_model_dir: Path) -> PreTrainedModel:
+    """Load the tiny model as plain transformers does."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, attn_implementation="sdpa")
+    assert isinstance(model, PreTrainedModel)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tiny_model_dir: Path) -> PreTrainedTokenizerFast:
+    """Load the tiny model's tokenizer."""
+    return PreTrainedTokenizerFast.from_pretrained(tiny_model_dir)

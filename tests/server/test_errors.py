@@ -1,0 +1,305 @@
+"""Whatever a client sends, the answer is OpenAI's error body, which names the field that is at fault."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from fastapi import FastAPI
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from openai import OpenAI
+
+from turboquant_server import app
+from turboquant_server.api import protocol
+from turboquant_server.config import ServerConfig
+from turboquant_server.engine.request import RequestFailedError
+from turboquant_server.model_manager import ModelManager
+
+Serve = Callable[[FastAPI], AbstractContextManager[str]]
+
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+USER = {"role": "user", "content": "Hi"}
+JSON = {"Content-Type": "application/json"}
+
+
+def post(http: httpx.Client, path: str, **fields: Any) -> httpx.Response:
+    """Post a body that is right but for ``fields``; as ASCII, so that lone surrogates can be sent."""
+    subject = {"messages": [USER]} if path == CHAT else {"prompt": "Hi"}
+    body = {**subject, "max_tokens": 2, **fields}
+    return http.post(path, content=json.dumps(body), headers=JSON)
+
+
+def error_of(response: httpx.Response, status: int = 400) -> dict[str, str | None]:
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    body = response.json()
+    assert list(body) == ["error"]
+    error: dict[str, str | None] = body["error"]
+    assert list(error) == ["message", "type", "param", "code"]
+    assert error["message"] and error["type"]
+    return error
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "value"),
+    [
+        *((path, "n", value) for path in (CHAT, COMPLETIONS) for value in (2, 0, True, "1")),
+        *((path, f"{kind}_penalty", 0.5) for path in (CHAT, COMPLETIONS) for kind in ("presence", "frequency")),
+        *((path, "logit_bias", {"50": 1}) for path in (CHAT, COMPLETIONS)),
+        (CHAT, "tools", [{"type": "function", "function": {"name": "f"}}]),
+        (CHAT, "tool_choice", "required"),
+        (CHAT, "functions", [{"name": "f"}]),
+        (CHAT, "function_call", {"name": "f"}),
+        (CHAT, "logprobs", True),
+        (CHAT, "top_logprobs", 3),
+        (CHAT, "response_format", {"type": "json_object"}),
+        (CHAT, "response_format", {"type": "json_schema", "json_schema": {"name": "a", "schema": {}}}),
+        (CHAT, "modalities", ["text", "audio"]),
+        (CHAT, "audio", {"voice": "alloy", "format": "wav"}),
+        (CHAT, "web_search_options", {}),
+        (COMPLETIONS, "logprobs", 0),
+        (COMPLETIONS, "suffix", "end"),
+        (COMPLETIONS, "echo", True),
+        (COMPLETIONS, "best_of", 2),
+    ],
+    ids=str,
+)
+def test_what_is_not_supported_is_refused(http: httpx.Client, path: str, field: str, value: object) -> None:
+    error = error_of(post(http, path, **{field: value}))
+    assert (error["param"], error["code"]) == (field, "unsupported_parameter")
+    assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"n": 1, "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}},
+        {"n": None, "temperature": None, "top_p": None, "seed": None, "stop": None, "stream": None},
+        {"tools": [], "tool_choice": "auto", "response_format": {"type": "text"}, "logprobs": False},
+        {"user": "me", "store": False, "metadata": {"a": "b"}, "service_tier": "auto", "top_k": -1},
+        {"best_of": 1, "echo": False, "suffix": ""},
+    ],
+    ids=str,
+)
+def test_fields_that_ask_for_nothing_are_accepted(
+    http: httpx.Client, fields: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = COMPLETIONS if "echo" in fields else CHAT
+    assert post(http, path, **fields).status_code == 200
+    assert not caplog.records
+
+
+def test_an_unknown_field_is_ignored_and_told_once(
+    http: httpx.Client, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "_logged_fields", set())
+    for _ in range(2):
+        assert post(http, CHAT, frobnicate={"a": 1}, messages=[{**USER, "mood": 3}]).status_code == 200
+    assert sorted(record.args[0] for record in caplog.records) == ["frobnicate", "mood"]  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"messages": None}, "messages"),
+        ({"messages": []}, "messages"),
+        ({"messages": "Hi"}, "messages"),
+        ({"messages": [USER, 3]}, "messages[1]"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"content": "Hi"}]}, "messages[0].role"),
+        ({"messages": [{"role": "robot", "content": "Hi"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
+        ({"messages": [USER, {"role": "user", "content": None}]}, "messages[1].content"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": []}]}, "messages[0].content"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}]},
+            "messages[0].content[0].text",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "u"}}]}]},
+            "messages[0].content[0].type",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "a", "tool_calls": [{"id": "1"}]}]},
+            "messages[0].tool_calls",
+        ),
+        ({"model": 3}, "model"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": 2.1}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"temperature": True}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"top_k": 1.5}, "top_k"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": "2"}, "max_tokens"),
+        ({"max_completion_tokens": -1}, "max_completion_tokens"),
+        ({"seed": 2**63}, "seed"),
+        ({"stop": ""}, "stop"),
+        ({"stop": ["a", ""]}, "stop[1]"),
+        ({"stop": ["a", 3]}, "stop[1]"),
+        ({"stop": ["a"] * 17}, "stop"),
+        ({"stream": "yes"}, "stream"),
+        ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_wrong_value_is_refused_by_its_path(
+    http: httpx.Client, fields: dict[str, Any], param: str
+) -> None:
+    error = error_of(post(http, CHAT, **fields))
+    assert error["param"] == param
+    assert f"'{param}'" in str(error["message"])
+
+
+@pytest.mark.parametrize(("path", "param"), [(CHAT, "messages"), (COMPLETIONS, "prompt")])
+def test_a_missing_field_is_named(http: httpx.Client, path: str, param: str) -> None:
+    error = error_of(http.post(path, json={"model": "tiny"}))
+    assert (error["param"], error["code"]) == (param, "missing_required_parameter")
+
+
+@pytest.mark.parametrize(
+    ("content", "content_type", "words"),
+    [
+        (b'{"messages": [', "application/json", "not valid JSON"),
+        (b"\xff\xfe\x00", "application/json", "cannot be read as JSON"),
+        (b"[1]", "application/json", "must be a JSON object"),
+        (b'"text"', "application/json", "must be a JSON object"),
+        (b"null", "application/json", "must be a JSON object"),
+        (b"", "application/json", "must be a JSON object"),
+        (b"[" * 100_000, "application/json", "cannot be read as JSON"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", "application/json", "cannot be read as JSON"),
+        (b'{"messages": []}', "text/plain", "Unsupported content type: 'text/plain'"),
+        (b"a=b", "application/x-www-form-urlencoded", "Content-Type: application/json"),
+    ],
+    ids=lambda value: value[:20] if isinstance(value, bytes) else "",
+)
+def test_a_body_that_is_no_json_object_is_refused(
+    http: httpx.Client, content: bytes, content_type: str, words: str
+) -> None:
+    response = http.post(CHAT, content=content, headers={"Content-Type": content_type})
+    assert words in str(error_of(response)["message"])
+
+
+def test_json_may_come_with_a_charset(http: httpx.Client) -> None:
+    body = json.dumps({"messages": [USER], "max_tokens": 1})
+    headers = {"Content-Type": "application/json; charset=utf-8"}
+    assert http.post(CHAT, content=body, headers=headers).status_code == 200
+
+
+def test_an_unknown_path_and_a_wrong_method_are_told(http: httpx.Client) -> None:
+    assert error_of(http.post("/v1/embeddings", json={}), 404)["message"] == "Unknown URL: POST /v1/embeddings"
+    response = http.get(CHAT)
+    assert error_of(response, 405)["message"] == f"GET is not allowed on {CHAT}"
+    assert response.headers["allow"] == "POST"
+
+
+def test_a_body_that_is_too_large_is_refused(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "MAX_BODY_BYTES", 1000)
+    with serve(app.build_app(ModelManager(ServerConfig()))) as url, httpx.Client(base_url=url) as http:
+        for content in (b" " * 1001, iter([b" " * 600, b" " * 600])):
+            error = error_of(http.post(CHAT, content=content, headers=JSON), 413)
+            assert "at most 1000 bytes" in str(error["message"])
+        error_of(http.post(CHAT, content=b" " * 1000, headers=JSON), 400)
+
+
+def test_nothing_is_served_while_the_model_loads(serve: Serve) -> None:
+    with serve(app.build_app(ModelManager(ServerConfig()))) as url, httpx.Client(base_url=url) as http:
+        for response in (
+            post(http, CHAT),
+            post(http, COMPLETIONS),
+            post(http, CHAT, temperature="a wrong value"),
+            http.get("/v1/models"),
+            http.get("/v1/models/tiny"),
+            http.get("/health"),
+        ):
+            assert error_of(response, 503)["code"] == "model_loading"
+            assert int(response.headers["retry-after"]) > 0
+        error_of(http.get("/v1/nothing"), 404)
+
+
+def test_nothing_is_served_by_a_dead_engine(serve: Serve, tiny_model_dir: Path) -> None:
+    model_manager = ModelManager(ServerConfig(model=str(tiny_model_dir), device="cpu"))
+    model_manager.load()
+    with serve(app.build_app(model_manager)) as url, httpx.Client(base_url=url) as http:
+        assert post(http, CHAT).status_code == 200
+        model_manager.engine.shutdown()
+        for response in (post(http, CHAT), post(http, COMPLETIONS, stream=True), http.get("/health")):
+            assert error_of(response, 503)["code"] == "engine_dead"
+            assert "retry-after" in response.headers
+    model_manager.unload()
+
+
+@pytest.mark.parametrize(
+    ("failure", "words"),
+    [
+        (RequestFailedError("r", "out of memory"), "out of memory"),
+        (ZeroDivisionError("secret"), "its log has the details"),
+    ],
+    ids=["the request's", "the server's"],
+)
+def test_a_failure_while_generating_is_a_server_error(
+    client: OpenAI, server: Any, monkeypatch: pytest.MonkeyPatch, failure: Exception, words: str
+) -> None:
+    async def fail(*arguments: object) -> AsyncIterator[None]:
+        raise failure
+        yield
+
+    monkeypatch.setattr(server.model_manager.engine, "generate", fail)
+    with pytest.raises(openai.InternalServerError, match=words) as caught:
+        client.chat.completions.create(model="tiny", messages=[USER])  # type: ignore[list-item]
+    assert caught.value.type == "server_error"
+    assert "secret" not in caught.value.message
+
+
+scalars = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 20),
+    st.floats(),
+    st.text(st.characters(), max_size=5),
+    st.sampled_from(["user", "text", "tiny", "\ud800", 10**30, -(2**70)]),
+)
+documents = st.recursive(
+    scalars,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "type", "text"]), inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+fields = sorted(
+    {*protocol.ChatCompletionRequest.model_fields, *protocol.CompletionRequest.model_fields, "unknown"}
+    - {"max_tokens", "max_completion_tokens"}
+)
+
+
+@pytest.fixture
+def quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    with caplog.at_level(logging.CRITICAL):
+        yield
+
+
+@pytest.mark.usefixtures("quiet")
+def test_no_body_makes_the_server_fail(http: httpx.Client) -> None:
+    @settings(deadline=None, max_examples=150)
+    @given(st.sampled_from([CHAT, COMPLETIONS]), st.dictionaries(st.sampled_from(fields), documents))
+    def check(path: str, body: dict[str, Any]) -> None:
+        response = post(http, path, **body)
+        if response.status_code != 200:
+            assert response.status_code in (400, 404)
+            error_of(response, response.status_code)
+
+    check()

@@ -1,0 +1,47 @@
+"""The start-up lines tell the measured figures, aligned."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import PreTrainedModel
+
+from turboquant_server import startup_report
+from turboquant_server.cache_probe import CacheMeasurement, CacheSize
+from turboquant_server.startup_report import format_report
+
+
+@pytest.fixture(autouse=True)
+def one_gibibyte(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(startup_report, "free_memory", lambda device: 2**30)
+
+
+def test_the_lines_are_aligned_and_exact(tiny_model: PreTrainedModel) -> None:
+    measurement = CacheMeasurement(
+        compressed=CacheSize(num_tokens=1024, num_bytes=2**20, bytes_per_token=256),
+        bf16=CacheSize(num_tokens=1024, num_bytes=2**21, bytes_per_token=1024),
+        bits_per_value=7.8281,
+        bits_per_further_value=4.375,
+    )
+    report = format_report("tiny", tiny_model, 1.234, 4, measurement, max_model_len=2048)
+    assert report.splitlines() == [
+        "model      tiny (llama, 373K parameters, float32 on cpu)",
+        "loaded in  1.2 s",
+        "context    2,048 tokens",
+        "KV cache   4-bit codes; 7.83 bits per value measured at 1,024 tokens, newest ones in float32, "
+        "norms and means included; 4.375 for further tokens",
+        f"room for   {1024 + (2**30 - 2**20) // 256:,} tokens in 1.0 GiB (50% of the available memory), "
+        f"against {1024 + (2**30 - 2**21) // 1024:,} in bfloat16",
+    ]
+
+
+def test_a_model_that_forgets_has_room_for_any_number_of_tokens(tiny_model: PreTrainedModel) -> None:
+    size = CacheSize(1024, 1000, 0)
+    report = format_report("tiny", tiny_model, 1, 4, CacheMeasurement(size, size, 5, 0), 2048)
+    assert "room for   any number of tokens in 1.0 GiB" in report
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(999, "999"), (123_456, "123K"), (13_382_016, "13.4M"), (8_030_261_248, "8.03B")]
+)
+def test_parameters_have_three_digits(number: int, text: str) -> None:
+    assert startup_report._format_count(number) == text

@@ -1,0 +1,198 @@
+"""Every refusal and failure as ``{"error": {"message", "type", "param", "code"}}``, OpenAI's error body."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from turboquant_server.engine.async_engine import EngineDeadError
+from turboquant_server.engine.request import RequestFailedError
+
+RETRY_AFTER_SECONDS = 5
+STATUS_CLIENT_CLOSED_REQUEST = 499  # nginx's number; nobody is left to read it
+JSON_CONTENT_TYPE = "application/json"
+
+
+class ErrorDetail(BaseModel):
+    """Say what went wrong, to a person (message) and to a program (the rest)."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorResponse(BaseModel):
+    """The body of every response whose status is 400 or more, and the data of an error event."""
+
+    error: ErrorDetail
+
+
+class ApiError(Exception):
+    """End a request with an error body.
+
+    Args:
+        status_code: The HTTP status.
+        message: Sentences for the person who made the request.
+        param: The field that is at fault, such as ``messages[0].content``.
+        code: OpenAI's word for this kind of error, where it has one.
+        headers: Headers of the response.
+    """
+
+    def __init__(
+        self,
+        status_code: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status_code = status_code
+        self.message = message
+        self.param = param
+        self.code = code
+        self.headers = headers
+
+    @property
+    def body(self) -> ErrorResponse:
+        """The error body."""
+        kinds = {500: "server_error", 503: "service_unavailable_error"}
+        kind = kinds.get(self.status_code, "invalid_request_error")
+        # A lone surrogate, which JSON can carry and UTF-8 cannot, may come back in a quotation.
+        message, param = (
+            text and text.encode(errors="replace").decode() for text in (self.message, self.param)
+        )
+        return ErrorResponse(error=ErrorDetail(message=message or "", type=kind, param=param, code=self.code))
+
+    @property
+    def response(self) -> Response:
+        """The error as an HTTP response."""
+        return JSONResponse(self.body.model_dump(), self.status_code, headers=self.headers)
+
+
+def invalid_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    """Return the error for a request that must be changed before it is sent again (400)."""
+    return ApiError(400, message, param=param, code=code)
+
+
+def unavailable(message: str, code: str) -> ApiError:
+    """Return the error for a request that may be sent again, unchanged, a little later (503)."""
+    return ApiError(503, message, code=code, headers={"Retry-After": str(RETRY_AFTER_SECONDS)})
+
+
+def to_api_error(error: Exception) -> ApiError:
+    """Return what a client may know of an error that came up while its answer was made."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, EngineDeadError):
+        return unavailable(str(error), "engine_dead")
+    if isinstance(error, RequestFailedError):
+        return ApiError(500, str(error))
+    return ApiError(500, "The server had an error while it worked on this request; its log has the details.")
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Make every error that leaves ``app`` an OpenAI error body."""
+
+    async def handle_error(request: Request, error: Exception) -> Response:
+        return to_api_error(error).response
+
+    async def handle_validation_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return _from_validation_error(error, request).response
+
+    async def handle_http_exception(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return _from_http_exception(error, request).response
+
+    async def handle_disconnect(request: Request, error: Exception) -> Response:
+        return Response(status_code=STATUS_CLIENT_CLOSED_REQUEST)
+
+    for kind in (ApiError, EngineDeadError, RequestFailedError, Exception):
+        app.add_exception_handler(kind, handle_error)
+    app.add_exception_handler(RequestValidationError, handle_validation_error)
+    app.add_exception_handler(HTTPException, handle_http_exception)
+    app.add_exception_handler(ClientDisconnect, handle_disconnect)
+
+
+def _from_http_exception(error: HTTPException, request: Request) -> ApiError:
+    messages = {
+        400: "The body of this request cannot be read as JSON.",  # FastAPI's only other use of 400
+        404: f"Unknown URL: {request.method} {request.url.path}",
+        405: f"{request.method} is not allowed on {request.url.path}",
+    }
+    message = messages.get(error.status_code, error.detail)
+    return ApiError(error.status_code, message, headers=error.headers)
+
+
+def _from_validation_error(error: RequestValidationError, request: Request) -> ApiError:
+    """Put FastAPI's and pydantic's findings in OpenAI's words; of several, the one that reached deepest."""
+    content_type = request.headers.get("content-type", "")
+    errors: Sequence[Any] = error.errors()
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        reason = f"{first['ctx']['error']} at character {first['loc'][-1]}"
+        return invalid_request(f"The body of this request is not valid JSON: {reason}.")
+    if isinstance(error.body, bytes):
+        return invalid_request(
+            f"Unsupported content type: {content_type!r}. Send the body as JSON, with the header "
+            f"'Content-Type: {JSON_CONTENT_TYPE}'.",
+            code="unsupported_content_type",
+        )
+    if not isinstance(error.body, dict):
+        return invalid_request("The body of this request must be a JSON object.")
+    return max((_Finding(finding, error.body) for finding in errors), key=_Finding.rank).api_error
+
+
+class _Finding:
+    """One of pydantic's errors about a body.
+
+    Args:
+        finding: An item of ``ValidationError.errors()``.
+        body: The JSON object that it is about.
+    """
+
+    CODES: Mapping[str, str] = {
+        "missing": "missing_required_parameter",
+        "unsupported_parameter": "unsupported_parameter",
+    }
+
+    def __init__(self, finding: Mapping[str, Any], body: object) -> None:
+        self.kind: str = finding["type"]
+        self.message: str = finding["msg"]
+        self.path: list[str | int] = []
+        node = body
+        # pydantic's location also names the branches of unions, which the body does not have.
+        for key in finding["loc"][1:]:
+            if isinstance(node, dict) and (key in node or self.kind == "missing"):
+                node = node.get(key)
+            elif isinstance(node, list) and isinstance(key, int):
+                node = node[key]
+            else:
+                continue
+            self.path.append(key)
+
+    def rank(self) -> tuple[int, bool, int]:
+        """Order the errors of a union's branches: the branch that the value is closest to comes last."""
+        index = self.path[-1] if self.path and isinstance(self.path[-1], int) else -1
+        return len(self.path), not self.kind.endswith("_type"), index
+
+    @property
+    def api_error(self) -> ApiError:
+        """The error, with a path such as ``messages[0].content``."""
+        param = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in self.path).lstrip(".")
+        if self.kind == "missing":
+            message = f"Missing required parameter: '{param}'."
+        else:
+            message = f"Invalid '{param}': {self.message[:1].lower()}{self.message[1:]}."
+        kind = "invalid_type" if self.kind.endswith("_type") else "invalid_value"
+        return invalid_request(message, param or None, self.CODES.get(self.kind, kind))

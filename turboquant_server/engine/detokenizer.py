@@ -1,0 +1,94 @@
+"""Tokens to text, one token at a time: whole characters, nothing of a stop string. Knows no model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+REPLACEMENT_CHARACTER = "\ufffd"
+# Some decoders strip the space before a text's first word; a few tokens of context keep it.
+NUM_CONTEXT_TOKENS = 5
+# An unfinished character takes a few tokens; a longer run is no text, and waiting for its end would take
+# quadratic time.
+MAX_HELD_TOKENS = 64
+
+
+class Detokenizer:
+    """Turn one request's tokens into pieces of text; all pieces together are the text of the answer.
+
+    A piece is held back while it ends in an unfinished UTF-8 sequence, or in what may become a stop string.
+    Special tokens are skipped. Of several stop strings the one that is complete first ends the text, the
+    longest of those that are complete at the same character; so the text does not depend on how it is cut
+    into tokens.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        prompt_token_ids: What the answer continues.
+        stop: Texts that end the answer and are no part of it.
+
+    Attributes:
+        stopped: A stop string was found; no text comes after it.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, prompt_token_ids: Sequence[int], stop: tuple[str, ...] = ()
+    ) -> None:
+        self.stopped = False
+        self._tokenizer = tokenizer
+        self._stop = stop
+        # Decoded and given out; kept because the tokens after them may decode differently without them.
+        self._context = list(prompt_token_ids[-NUM_CONTEXT_TOKENS:])
+        self._context_text = self._decode(self._context)
+        self._held_tokens: list[int] = []
+        self._held_text = ""
+
+    def append(self, token_id: int) -> str:
+        """Take one token and return the text that is certain now, often none."""
+        self._held_tokens.append(token_id)
+        text = self._decode(self._context + self._held_tokens)
+        if text.endswith(REPLACEMENT_CHARACTER) and len(self._held_tokens) < MAX_HELD_TOKENS:
+            return ""
+        return self._release(text)
+
+    def flush(self) -> str:
+        """Return what was held back; what is left of an unfinished character is left out."""
+        text = self._decode(self._context + self._held_tokens).rstrip(REPLACEMENT_CHARACTER)
+        piece = self._release(text) + self._held_text
+        self._held_text = ""
+        return piece
+
+    def _release(self, text: str) -> str:
+        """Return the part of ``text`` that is new and cannot belong to a stop string."""
+        new_text = text[len(self._context_text) :]
+        if new_text:
+            self._context, self._held_tokens = self._held_tokens, []
+            self._context_text = self._decode(self._context)
+        elif len(self._held_tokens) >= MAX_HELD_TOKENS:
+            self._held_tokens = []
+        if self.stopped:
+            return ""
+        piece = self._held_text + new_text
+        matches = [(start + len(stop), start) for stop in self._stop if (start := piece.find(stop)) >= 0]
+        if matches:
+            self.stopped = True
+            self._held_text = ""
+            return piece[: min(matches)[1]]
+        num_certain = len(piece) - self._count_possible_stop(piece)
+        self._held_text = piece[num_certain:]
+        return piece[:num_certain]
+
+    def _count_possible_stop(self, text: str) -> int:
+        """Return the length of the longest end of ``text`` with which a stop string begins."""
+        longest = max((len(stop) for stop in self._stop), default=1) - 1
+        for length in range(min(longest, len(text)), 0, -1):
+            if any(stop.startswith(text[-length:]) for stop in self._stop):
+                return length
+        return 0
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return str(
+            self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        )
