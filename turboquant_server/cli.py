@@ -7,6 +7,7 @@ import errno
 import ipaddress
 import json
 import logging
+import os
 import shlex
 import signal
 import socket
@@ -47,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for library in ("httpx", "httpx2", "uvicorn"):
         logging.getLogger(library).setLevel(logging.WARNING)
+    logging.getLogger("huggingface_hub").propagate = False  # it prints its messages itself
     # Both signals end the process by KeyboardInterrupt; while uvicorn runs, it takes them and drains first.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -154,11 +156,18 @@ def serve(config: ServerConfig) -> None:
             else:
                 _print_start(model_manager, listener)
 
-        threading.Thread(target=load, name="load", daemon=True).start()
+        loader = threading.Thread(target=load, name="load", daemon=True)
         try:
+            loader.start()
             server.run(sockets=[listener])
+        except KeyboardInterrupt:
+            if not model_manager.is_ready and not failures:
+                # The interpreter cannot end in order while a thread is inside torch: it would abort.
+                os._exit(0)
+            raise
         finally:
             if model_manager.is_ready:
+                loader.join()
                 model_manager.unload()
         if failures:
             raise StartError(failures[0])

@@ -67,7 +67,7 @@ def _format_tokens(num_tokens: int | None) -> str:
 
 
 def _format_count(number: int) -> str:
-    """Return three significant digits: 373K, 13.4M, 8.03B."""
+    """Return three significant digits: 471K, 13.4M, 8.03B."""
     for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
         if number >= size:
             return f"{number / size:.3g}{unit}"

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from turboquant_core import KVCacheConfig, compressed_states
-from turboquant_core.cache_layers import TurboQuantLayer, TurboQuantSlidingLayer
+from turboquant_core.cache_layers import TurboQuantHybridLayer, TurboQuantLayer, TurboQuantSlidingLayer
 
 # Numbers of new tokens, and how many of them a crop takes back: none, some or all.
 STEPS = st.lists(st.tuples(st.integers(1, 11), st.floats(0, 1)), min_size=1, max_size=12)
@@ -110,6 +110,19 @@ def test_sliding_window_refuses_a_crop_that_it_cannot_undo() -> None:
     with pytest.raises(RuntimeError, match="not recorded"):
         layer.crop(-9)
     assert layer.get_seq_length() == 22
+
+
+def test_a_window_beside_states_is_recorded_with_them_and_until_generate_says_stop() -> None:
+    layer = TurboQuantHybridLayer(TurboQuantSlidingLayer(KVCacheConfig(residual_length=0), 8))
+    layer.activate_past_recording()
+    layer.update_conv_state(torch.zeros(2, 3, 20), conv_kernel_size=4)
+    layer.update(*tokens(0, 20))
+    layer.crop(-6)
+    assert layer.get_seq_length() == 14
+    assert torch.equal(layer.update(*tokens(14, 1))[0], tokens(7, 8)[0])
+    layer.record_past = False  # as generate() does on the layers that it knows
+    layer.update(*tokens(15, 9))
+    assert layer.attention.states[0].num_tokens < 7 + 4
 
 
 def test_a_positive_crop_keeps_that_many_tokens() -> None:

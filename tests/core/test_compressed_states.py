@@ -84,6 +84,7 @@ def test_a_window_forgets_before_it_quantizes() -> None:
     held = empty(states, residual_length=16)
     assert held.append(states, window=100).shape[2] == 1000
     assert (held.num_blocks, held.residual.shape[2]) == (1, 36)
+    assert held.blocks.codes.untyped_storage().nbytes() == held.blocks.codes.nbytes
     held.trim(5)
     assert (held.num_blocks, held.residual.shape[2]) == (0, 5)
 

@@ -81,13 +81,6 @@ def server(tiny_model_dir: Path) -> Iterator[RunningServer]:
         model_manager.unload()
 
 
-@pytest.fixture
-def idle_server(server: RunningServer) -> Iterator[RunningServer]:
-    """The server, which must be idle again when the test ends."""
-    yield server
-    server.wait_until_idle()
-
-
 @pytest.fixture(scope="session")
 def client(server: RunningServer) -> Iterator[OpenAI]:
     """OpenAI's SDK, talking to the server."""

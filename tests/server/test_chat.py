@@ -101,6 +101,29 @@ def test_developer_means_system(client: OpenAI) -> None:
     assert text_of(developer) == text_of(ask(client, temperature=0, max_tokens=10))
 
 
+@pytest.mark.parametrize(
+    ("template", "words", "param"),
+    [
+        (None, "no chat template; use /v1/completions", None),
+        ("{{ raise_exception('Roles must alternate') }}", "Roles must alternate", "messages"),
+        ("{{ messages[9].content }}", "does not take these messages", "messages"),
+    ],
+    ids=["none", "refuses", "fails"],
+)
+def test_a_template_that_does_not_take_the_messages_is_told(
+    client: OpenAI,
+    server: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    template: str | None,
+    words: str,
+    param: str | None,
+) -> None:
+    monkeypatch.setattr(server.model_manager.tokenizer, "chat_template", template)
+    with pytest.raises(openai.BadRequestError, match=words) as caught:
+        ask(client)
+    assert caught.value.param == param
+
+
 @pytest.mark.parametrize("as_list", [False, True], ids=["string", "list"])
 def test_a_stop_string_ends_the_answer_before_it(client: OpenAI, as_list: bool) -> None:
     text, word = greedy_word(client)

@@ -21,6 +21,7 @@ import pytest
 from turboquant_server import __version__, cli
 from turboquant_server.cli import main, parse_config
 from turboquant_server.config import ServerConfig
+from turboquant_server.model_manager import ModelManager
 
 START_SECONDS = 60
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -31,6 +32,13 @@ def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in os.environ:
         if name.upper().startswith("TURBOQUANT_"):
             monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def kept_signal_handler() -> Iterator[None]:
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture
@@ -149,7 +157,13 @@ def test_a_wrong_flag_ends_with_one_sentence(
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("BITS", "5"), ("PORT", "http"), ("QUANTIZE", "int3"), ("TRUST_REMOTE_CODE", "maybe"), ("MAX_MODEL_LEN", "-1")],
+    [
+        ("BITS", "5"),
+        ("PORT", "http"),
+        ("QUANTIZE", "int3"),
+        ("TRUST_REMOTE_CODE", "maybe"),
+        ("MAX_MODEL_LEN", "-1"),
+    ],
 )
 def test_a_wrong_variable_ends_with_one_sentence_that_names_it(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str, value: str
@@ -159,30 +173,39 @@ def test_a_wrong_variable_ends_with_one_sentence_that_names_it(
     assert f"TURBOQUANT_{name}" in message and repr(value) in message
 
 
+@pytest.mark.usefixtures("kept_signal_handler")
 def test_a_busy_port_ends_with_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
-    handler = signal.getsignal(signal.SIGTERM)
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         assert main(["--port", str(port)]) == 1
-    signal.signal(signal.SIGTERM, handler)
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert f"port {port} on 127.0.0.1 is in use" in error and "--port" in error
+
+
+@pytest.mark.usefixtures("kept_signal_handler")
+def test_a_model_that_is_not_there_ends_with_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--port", "0", "--model", "./nothing-here"]) == 1
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("turboquant-server: error: ")
+    assert output.err.count("\n") == 1 and "./nothing-here" in output.err
+
+
+@pytest.mark.usefixtures("kept_signal_handler")
+def test_a_failure_that_nobody_foresaw_ends_the_process_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ModelManager, "load", lambda model_manager: 1 // 0)
+    assert main(["--port", "0"]) == 1
+    assert "failed with ZeroDivisionError; the log above has the details" in capsys.readouterr().err
+    assert caplog.records[-1].exc_info is not None
 
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "no such host"])
 def test_an_address_that_cannot_be_used_ends_with_one_sentence(host: str) -> None:
     with pytest.raises(cli.StartError, match=r"cannot listen on .*; choose another --host or --port"):
         cli.serve(ServerConfig(host=host, port=0))
-
-
-def test_a_model_that_is_not_there_ends_with_one_sentence(start: Callable[..., Any]) -> None:
-    process = start("--port", "0", "--model", "./nothing-here")
-    output, error = process.communicate(timeout=START_SECONDS)
-    assert process.returncode == 1
-    assert output == ""
-    assert error.count("\n") == 1 and "./nothing-here" in error
-    assert error.startswith("turboquant-server: error: ")
 
 
 def test_a_start_says_where_and_how_to_ask_and_a_stop_waits_for_streams(
@@ -206,7 +229,13 @@ def test_a_start_says_where_and_how_to_ask_and_a_stop_waits_for_streams(
     answer = httpx.post(arguments[0], json={**body, "max_tokens": 2}, timeout=START_SECONDS)
     assert answer.json()["object"] == "chat.completion"
 
-    long = {**body, "max_tokens": 300, "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}
+    long = {
+        **body,
+        "max_tokens": 300,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
     with httpx.stream("POST", arguments[0], json=long, timeout=START_SECONDS) as response:
         events = (line for line in response.iter_lines() if line)
         next(events)
@@ -218,10 +247,7 @@ def test_a_start_says_where_and_how_to_ask_and_a_stop_waits_for_streams(
     assert "Traceback" not in process.stderr.read()
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-def test_a_stop_while_loading_ends_the_process_quietly(
-    start: Callable[..., Any], signal_number: signal.Signals
-) -> None:
+def test_a_stop_while_loading_ends_the_process_quietly(start: Callable[..., Any]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     process = start("--port", str(port))
@@ -232,7 +258,7 @@ def test_a_stop_while_loading_ends_the_process_quietly(
             break
         except httpx.ConnectError:
             time.sleep(0.02)
-    process.send_signal(signal_number)
+    process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=START_SECONDS)
     assert process.returncode == 0, error
     assert error == ""

@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractContextManager
-from pathlib import Path
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import httpx
 import openai
 import pytest
-from fastapi import FastAPI
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai import OpenAI
 
-from turboquant_server import app
 from turboquant_server.api import protocol
-from turboquant_server.config import ServerConfig
 from turboquant_server.engine.request import RequestFailedError
-from turboquant_server.model_manager import ModelManager
-
-Serve = Callable[[FastAPI], AbstractContextManager[str]]
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -53,7 +45,11 @@ def error_of(response: httpx.Response, status: int = 400) -> dict[str, str | Non
     ("path", "field", "value"),
     [
         *((path, "n", value) for path in (CHAT, COMPLETIONS) for value in (2, 0, True, "1")),
-        *((path, f"{kind}_penalty", 0.5) for path in (CHAT, COMPLETIONS) for kind in ("presence", "frequency")),
+        *(
+            (path, f"{kind}_penalty", 0.5)
+            for path in (CHAT, COMPLETIONS)
+            for kind in ("presence", "frequency")
+        ),
         *((path, "logit_bias", {"50": 1}) for path in (CHAT, COMPLETIONS)),
         (CHAT, "tools", [{"type": "function", "function": {"name": "f"}}]),
         (CHAT, "tool_choice", "required"),
@@ -156,9 +152,7 @@ def test_an_unknown_field_is_ignored_and_told_once(
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_wrong_value_is_refused_by_its_path(
-    http: httpx.Client, fields: dict[str, Any], param: str
-) -> None:
+def test_a_wrong_value_is_refused_by_its_path(http: httpx.Client, fields: dict[str, Any], param: str) -> None:
     error = error_of(post(http, CHAT, **fields))
     assert error["param"] == param
     assert f"'{param}'" in str(error["message"])
@@ -200,46 +194,12 @@ def test_json_may_come_with_a_charset(http: httpx.Client) -> None:
 
 
 def test_an_unknown_path_and_a_wrong_method_are_told(http: httpx.Client) -> None:
-    assert error_of(http.post("/v1/embeddings", json={}), 404)["message"] == "Unknown URL: POST /v1/embeddings"
+    assert (
+        error_of(http.post("/v1/embeddings", json={}), 404)["message"] == "Unknown URL: POST /v1/embeddings"
+    )
     response = http.get(CHAT)
     assert error_of(response, 405)["message"] == f"GET is not allowed on {CHAT}"
     assert response.headers["allow"] == "POST"
-
-
-def test_a_body_that_is_too_large_is_refused(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app, "MAX_BODY_BYTES", 1000)
-    with serve(app.build_app(ModelManager(ServerConfig()))) as url, httpx.Client(base_url=url) as http:
-        for content in (b" " * 1001, iter([b" " * 600, b" " * 600])):
-            error = error_of(http.post(CHAT, content=content, headers=JSON), 413)
-            assert "at most 1000 bytes" in str(error["message"])
-        error_of(http.post(CHAT, content=b" " * 1000, headers=JSON), 400)
-
-
-def test_nothing_is_served_while_the_model_loads(serve: Serve) -> None:
-    with serve(app.build_app(ModelManager(ServerConfig()))) as url, httpx.Client(base_url=url) as http:
-        for response in (
-            post(http, CHAT),
-            post(http, COMPLETIONS),
-            post(http, CHAT, temperature="a wrong value"),
-            http.get("/v1/models"),
-            http.get("/v1/models/tiny"),
-            http.get("/health"),
-        ):
-            assert error_of(response, 503)["code"] == "model_loading"
-            assert int(response.headers["retry-after"]) > 0
-        error_of(http.get("/v1/nothing"), 404)
-
-
-def test_nothing_is_served_by_a_dead_engine(serve: Serve, tiny_model_dir: Path) -> None:
-    model_manager = ModelManager(ServerConfig(model=str(tiny_model_dir), device="cpu"))
-    model_manager.load()
-    with serve(app.build_app(model_manager)) as url, httpx.Client(base_url=url) as http:
-        assert post(http, CHAT).status_code == 200
-        model_manager.engine.shutdown()
-        for response in (post(http, CHAT), post(http, COMPLETIONS, stream=True), http.get("/health")):
-            assert error_of(response, 503)["code"] == "engine_dead"
-            assert "retry-after" in response.headers
-    model_manager.unload()
 
 
 @pytest.mark.parametrize(

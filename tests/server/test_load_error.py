@@ -31,8 +31,8 @@ RESPONSE: Any = SimpleNamespace(headers={}, request=None)  # the HTTP library di
         ),
         (
             hub_errors.LocalEntryNotFoundError("offline"),
-            "org/model is neither a directory nor in the local cache, and the Hugging Face Hub cannot be reached; "
-            "check --model and the network",
+            "org/model is neither a directory nor in the local cache, and the Hugging Face Hub cannot be "
+            "reached; check --model and the network",
         ),
         (
             torch.OutOfMemoryError("CUDA out of memory"),

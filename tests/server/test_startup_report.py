@@ -24,7 +24,7 @@ def test_the_lines_are_aligned_and_exact(tiny_model: PreTrainedModel) -> None:
     )
     report = format_report("tiny", tiny_model, 1.234, 4, measurement, max_model_len=2048)
     assert report.splitlines() == [
-        "model      tiny (llama, 373K parameters, float32 on cpu)",
+        "model      tiny (llama, 471K parameters, float32 on cpu)",
         "loaded in  1.2 s",
         "context    2,048 tokens",
         "KV cache   4-bit codes; 7.83 bits per value measured at 1,024 tokens, newest ones in float32, "

@@ -97,7 +97,9 @@ def test_the_usage_comes_in_a_chunk_of_its_own_before_done(
     http: httpx.Client, path: str, body: dict[str, Any]
 ) -> None:
     response = http.post(path, json={**body, "stream_options": {"include_usage": True}})
-    *data, last, _ = [json.loads(event) if event != b"[DONE]" else None for event in events_of(response.content)]
+    *data, last, _ = [
+        json.loads(event) if event != b"[DONE]" else None for event in events_of(response.content)
+    ]
     assert last["choices"] == []
     assert set(last["usage"]) == {"prompt_tokens", "completion_tokens", "total_tokens"}
     assert all(chunk["usage"] is None for chunk in data)
@@ -116,9 +118,7 @@ def test_comments_keep_an_idle_stream_open(
     content = http.post(CHAT, json=chat_body()).content
     assert content.count(b": keep-alive\n\n") >= 2
     events_of(content.replace(b": keep-alive\n\n", b""))
-    chunks = list(
-        client.chat.completions.create(model="tiny", messages=MESSAGES, stream=True, max_tokens=8)
-    )
+    chunks = list(client.chat.completions.create(model="tiny", messages=MESSAGES, stream=True, max_tokens=8))
     assert chunks[-1].choices[0].finish_reason is not None
 
 

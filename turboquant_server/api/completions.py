@@ -40,7 +40,7 @@ async def create_completion(
     max_tokens = body.max_tokens or DEFAULT_MAX_TOKENS
     prompts = [
         make_prompt(body, token_ids, max_tokens, model_manager.max_model_len, param)
-        for param, token_ids in await _tokenize(body, prompt_tokenizer, len(model_manager.tokenizer))
+        for param, token_ids in await _tokenize(body, prompt_tokenizer, model_manager.engine.vocab_size)
     ]
     response_id = f"cmpl-{uuid.uuid4().hex}"
     template = Completion(id=response_id, created=int(time.time()), model=model, choices=[])

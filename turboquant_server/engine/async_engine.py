@@ -7,7 +7,7 @@ import logging
 import queue
 import threading
 from collections import defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -88,6 +88,11 @@ class AsyncEngine:
         return self._death is None and self._thread.is_alive()
 
     @property
+    def vocab_size(self) -> int:
+        """The token ids that the model takes are below this."""
+        return self._engine.vocab_size
+
+    @property
     def num_waiting(self) -> int:
         """Count the requests that have not been started, those included that the engine has not seen yet."""
         return len(self._unseen) + len(self._engine.scheduler.waiting)
@@ -99,7 +104,7 @@ class AsyncEngine:
 
     async def generate(
         self, prompt_token_ids: list[int], sampling_params: SamplingParams, request_id: str
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Generate an answer; stopping early, by aclose() or cancellation, aborts the request.
 
         Args:
