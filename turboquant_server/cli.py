@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import errno
 import ipaddress
 import json
@@ -45,10 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: ``--help``, ``--version`` (0) or a wrong flag or variable (2).
     """
     config = parse_config(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    for library in ("httpx", "httpx2", "uvicorn"):
-        logging.getLogger(library).setLevel(logging.WARNING)
-    logging.getLogger("huggingface_hub").propagate = False  # it prints its messages itself
+    _configure_logging()
     # Both signals end the process by KeyboardInterrupt; while uvicorn runs, it takes them and drains first.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -59,6 +57,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _configure_logging() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    for library in ("httpx", "httpx2", "uvicorn"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+    logging.getLogger("huggingface_hub").propagate = False  # it prints its messages itself
+    logging.getLogger("uvicorn.error").addFilter(_is_no_cancellation)
+
+
+def _is_no_cancellation(record: logging.LogRecord) -> bool:
+    """Drop the traceback of each request that uvicorn cancels when the time to finish is over."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
 
 
 class StartError(RuntimeError):

@@ -48,7 +48,7 @@ def assert_same_update(layer: TurboQuantLayer, stock: DynamicLayer, count: int) 
     assert layer.get_seq_length() == stock.get_seq_length()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, derandomize=True, max_examples=60)
 @given(STEPS, st.integers(0, 9))
 def test_full_attention_returns_what_the_stock_layer_returns(
     steps: list[tuple[int, float]], residual_length: int
@@ -68,7 +68,7 @@ def test_full_attention_returns_what_the_stock_layer_returns(
         assert layer.get_seq_length() == stock.get_seq_length()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, derandomize=True, max_examples=60)
 @given(STEPS, st.integers(0, 9), st.integers(2, 20))
 def test_sliding_window_returns_what_the_stock_layer_returns(
     steps: list[tuple[int, float]], residual_length: int, window: int
@@ -81,7 +81,7 @@ def test_sliding_window_returns_what_the_stock_layer_returns(
             assert states.num_tokens <= window - 1 + 3
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, derandomize=True, max_examples=60)
 @given(STEPS, st.integers(0, 9), st.integers(2, 20))
 def test_sliding_window_that_records_the_past_can_take_back_what_it_returned(
     steps: list[tuple[int, float]], residual_length: int, window: int

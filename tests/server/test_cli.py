@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
 import os
 import re
 import shlex
@@ -206,6 +208,17 @@ def test_a_failure_that_nobody_foresaw_ends_the_process_too(
 def test_an_address_that_cannot_be_used_ends_with_one_sentence(host: str) -> None:
     with pytest.raises(cli.StartError, match=r"cannot listen on .*; choose another --host or --port"):
         cli.serve(ServerConfig(host=host, port=0))
+
+
+@pytest.mark.parametrize(("error", "is_logged"), [(asyncio.CancelledError(), False), (ValueError(), True)])
+def test_a_request_that_a_stop_cuts_off_leaves_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: BaseException, is_logged: bool
+) -> None:
+    monkeypatch.setattr(logging.getLogger("uvicorn.error"), "filters", [])
+    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "propagate", True)
+    cli._configure_logging()
+    logging.getLogger("uvicorn.error").error("Exception in ASGI application", exc_info=error)
+    assert bool(caplog.records) is is_logged
 
 
 def test_a_start_says_where_and_how_to_ask_and_a_stop_waits_for_streams(

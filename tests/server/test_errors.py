@@ -103,6 +103,37 @@ def test_an_unknown_field_is_ignored_and_told_once(
     assert sorted(record.args[0] for record in caplog.records) == ["frobnicate", "mood"]  # type: ignore[index]
 
 
+def test_unknown_fields_cannot_flood_the_log(
+    http: httpx.Client, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "_logged_fields", set())
+    assert post(http, CHAT, **{f"{i}{'x' * 1000}": 1 for i in range(1000)}).status_code == 200
+    assert len(caplog.records) == protocol.MAX_LOGGED_FIELDS
+    assert max(len(record.getMessage()) for record in caplog.records) < 200
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "message"),
+    [
+        (CHAT, {"messages": [3] * 100_000}, "Invalid 'messages[0]': input should be an object."),
+        (CHAT, {"stream": True, "stream_options": 3}, "Invalid 'stream_options': input should be an object."),
+        (CHAT, {"messages": []}, "Invalid 'messages': list should have at least 1 item"),
+        (COMPLETIONS, {"prompt": ["a"] * 2049}, "Invalid 'prompt': list should have at most 2048 items"),
+        (COMPLETIONS, {"temperature": 3}, "Invalid 'temperature': input should be less than or equal to 2."),
+        (COMPLETIONS, {"\ud800": 1}, "Invalid body: input should be a valid string"),
+    ],
+    ids=["message", "options", "no messages", "prompts", "temperature", "name"],
+)
+def test_the_message_says_what_the_value_should_be(
+    http: httpx.Client, path: str, fields: dict[str, Any], message: str
+) -> None:
+    assert str(error_of(post(http, path, **fields))["message"]).startswith(message)
+
+
+def test_a_long_wrong_name_is_not_sent_back_whole(http: httpx.Client) -> None:
+    assert len(str(error_of(post(http, CHAT, model="m" * 10**6), 404)["message"])) < 500
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [

@@ -135,7 +135,7 @@ def _from_http_exception(error: HTTPException, request: Request) -> ApiError:
 
 
 def _from_validation_error(error: RequestValidationError, request: Request) -> ApiError:
-    """Put FastAPI's and pydantic's findings in OpenAI's words; of several, the one that reached deepest."""
+    """Put FastAPI's and pydantic's findings in OpenAI's words; of several, the one that fits best."""
     content_type = request.headers.get("content-type", "")
     errors: Sequence[Any] = error.errors()
     first = errors[0]
@@ -165,10 +165,15 @@ class _Finding:
         "missing": "missing_required_parameter",
         "unsupported_parameter": "unsupported_parameter",
     }
+    # Where pydantic speaks of Python.
+    MESSAGES: Mapping[str, str] = {
+        "model_attributes_type": "Input should be an object",
+        "model_type": "Input should be an object",
+    }
 
     def __init__(self, finding: Mapping[str, Any], body: object) -> None:
         self.kind: str = finding["type"]
-        self.message: str = finding["msg"]
+        self.message: str = self.MESSAGES.get(self.kind, finding["msg"])
         self.path: list[str | int] = []
         node = body
         # pydantic's location also names the branches of unions, which the body does not have.
@@ -181,10 +186,10 @@ class _Finding:
                 continue
             self.path.append(key)
 
-    def rank(self) -> tuple[int, bool, int]:
+    def rank(self) -> tuple[bool, int, int]:
         """Order the errors of a union's branches: the branch that the value is closest to comes last."""
         index = self.path[-1] if self.path and isinstance(self.path[-1], int) else -1
-        return len(self.path), not self.kind.endswith("_type"), index
+        return not self.kind.endswith("_type"), len(self.path), index
 
     @property
     def api_error(self) -> ApiError:
@@ -192,6 +197,8 @@ class _Finding:
         param = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in self.path).lstrip(".")
         if self.kind == "missing":
             message = f"Missing required parameter: '{param}'."
+        elif not param:  # a name of a field that is no text
+            message = f"Invalid body: {self.message[:1].lower()}{self.message[1:]}."
         else:
             message = f"Invalid '{param}': {self.message[:1].lower()}{self.message[1:]}."
         kind = "invalid_type" if self.kind.endswith("_type") else "invalid_value"

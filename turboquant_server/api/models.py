@@ -10,6 +10,8 @@ from turboquant_server.api.protocol import ModelCard, ModelList
 if TYPE_CHECKING:
     from turboquant_server.model_manager import ModelManager
 
+MAX_QUOTED_LENGTH = 200
+
 
 def list_models(model_manager: ModelManager) -> ModelList:
     """Return every name of the loaded model."""
@@ -42,7 +44,7 @@ def resolve_model(model_manager: ModelManager, name: str | None) -> str:
         served = ", ".join(f"'{served_name}'" for served_name in names)
         raise ApiError(
             404,
-            f"The model '{name}' does not exist. This server has {served}.",
+            f"The model '{name[:MAX_QUOTED_LENGTH]}' does not exist. This server has {served}.",
             param="model",
             code="model_not_found",
         )

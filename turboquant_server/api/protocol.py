@@ -23,7 +23,9 @@ logger = logging.getLogger(__name__)
 
 MAX_STOP_STRINGS = 16
 MAX_PROMPTS = 2048
-MAX_LOGGED_FIELDS = 1000
+# Bounds what requests can make the server log and remember.
+MAX_LOGGED_FIELDS = 100
+MAX_LOGGED_LENGTH = 100
 
 _logged_fields: set[str] = set()
 
@@ -67,10 +69,13 @@ class RequestModel(BaseModel):
 
     @model_validator(mode="after")
     def _log_unknown_fields(self) -> Self:
-        for name in self.model_extra or ():
-            if name not in self.harmless_fields | _logged_fields and len(_logged_fields) < MAX_LOGGED_FIELDS:
+        for field in self.model_extra or ():
+            if len(_logged_fields) == MAX_LOGGED_FIELDS:
+                break
+            name = field[:MAX_LOGGED_LENGTH]
+            if name not in self.harmless_fields and name not in _logged_fields:
                 _logged_fields.add(name)
-                logger.warning("ignoring the unknown field %.100r of a %s", name, type(self).__name__)
+                logger.warning("ignoring the unknown field %r of a %s", name, type(self).__name__)
         return self
 
 
@@ -146,7 +151,7 @@ class ChatMessage(RequestModel):
     harmless_fields = frozenset({"annotations", "refusal"})
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | Annotated[list[TextPart], Field(min_length=1)]
+    content: Text | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
     name: Text | None = None
     tool_call_id: Text | None = None
     tool_calls: Annotated[Any, only([])] = None
@@ -157,7 +162,7 @@ class ChatMessage(RequestModel):
 class ChatCompletionRequest(GenerationRequest):
     """The body of POST /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
 
     audio: Annotated[Any, only()] = None
