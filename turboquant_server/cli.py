@@ -147,6 +147,7 @@ def serve(config: ServerConfig) -> None:
                 build_app(model_manager),
                 log_config=None,
                 access_log=False,
+                lifespan="off",
                 timeout_graceful_shutdown=DRAIN_SECONDS,
             )
         )

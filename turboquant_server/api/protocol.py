@@ -31,7 +31,7 @@ _logged_fields: set[str] = set()
 
 
 def only(*values: object) -> AfterValidator:
-    """Refuse a field of OpenAI's that this server does not support, unless it asks for nothing.
+    """Refuse a field that this server does not support, unless it asks for nothing.
 
     Args:
         values: What may be given, besides null, because it means the same as leaving the field out.
@@ -117,6 +117,13 @@ class GenerationRequest(RequestModel):
     frequency_penalty: Annotated[Any, only(0)] = None
     presence_penalty: Annotated[Any, only(0)] = None
     logit_bias: Annotated[Any, only({})] = None
+    # Not OpenAI's, but what clients of other servers send to change the tokens they get.
+    min_p: Annotated[Any, only(0)] = None
+    min_tokens: Annotated[Any, only(0)] = None
+    prompt_logprobs: Annotated[Any, only()] = None
+    repetition_penalty: Annotated[Any, only(1)] = None
+    stop_token_ids: Annotated[Any, only([])] = None
+    structured_outputs: Annotated[Any, only()] = None
 
     @field_validator("stream_options")
     @classmethod
@@ -165,7 +172,10 @@ class ChatCompletionRequest(GenerationRequest):
     messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
 
+    add_generation_prompt: Annotated[Any, only(True)] = None
     audio: Annotated[Any, only()] = None
+    chat_template_kwargs: Annotated[Any, only({})] = None
+    continue_final_message: Annotated[Any, only(False)] = None
     functions: Annotated[Any, only([])] = None
     function_call: Annotated[Any, only("none", "auto")] = None
     logprobs: Annotated[Any, only(False)] = None
