@@ -16,11 +16,16 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1
 say() { echo "$(basename "$0"): $*" >&2; }
 fail() { say "$*"; exit 1; }
 
+is_supported() {
+    "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null
+}
+has_pip() { "$python" -m pip --version >/dev/null 2>&1; }
+
 # Prints the first Python 3.10 to 3.13 that can make a virtual environment.
 find_python() {
     local candidate without_venv=
     for candidate in python3 python3.13 python3.12 python3.11 python3.10; do
-        "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || continue
+        is_supported "$candidate" || continue
         if "$candidate" -c 'import venv, ensurepip' 2>/dev/null; then
             echo "$candidate"
             return
@@ -32,11 +37,22 @@ find_python() {
     fail "no Python 3.10, 3.11, 3.12 or 3.13 found; install one, for example python3.12"
 }
 
-has_nvidia_gpu() { nvidia-smi -L 2>/dev/null | grep -q '^GPU '; }
+# grep reads to the end: with -q it could end before nvidia-smi does, which pipefail would take for no GPU.
+has_nvidia_gpu() { nvidia-smi -L 2>/dev/null | grep '^GPU ' >/dev/null; }
 
 # Prints the version of the torch that .venv holds, or nothing.
 installed_torch() {
     "$python" -c 'from importlib.metadata import version; print(version("torch"))' 2>/dev/null || true
+}
+
+# Prints the CUDA version that the torch in .venv was built for, or None. Reads one file, because importing torch
+# takes seconds; its version does not tell, since not every CPU build is called +cpu.
+torch_cuda() {
+    "$python" - <<'END'
+import importlib.util, pathlib, runpy
+origin = importlib.util.find_spec("torch").origin
+print(runpy.run_path(str(pathlib.Path(origin).with_name("version.py"))).get("cuda"))
+END
 }
 
 answers() {
@@ -58,13 +74,16 @@ install_torch() {
     local present
     present=$(installed_torch)
     if [ "$torch_build" = cuda ]; then
-        if [ -n "$present" ] && [ "${present%+cpu}" = "$present" ]; then
+        if [ -n "$present" ] && [ "$(torch_cuda)" != None ]; then
             say "torch $present is there already"
             return
         fi
         say "installing torch with CUDA (an NVIDIA GPU is present); this downloads some gigabytes"
         [ -z "$present" ] || "$python" -m pip uninstall -qq -y torch
         "$python" -m pip install $pip_quiet torch || fail "torch could not be installed; pip's message is above"
+        "$python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null ||
+            say "warning: torch $(installed_torch) cannot use this GPU, probably because its driver is too old;" \
+                "the server will run on the CPU"
     elif [ -n "$present" ]; then
         say "torch $present is there already"
     elif answers "$torch_cpu_index/torch/"; then
@@ -110,7 +129,8 @@ is_installed() {
 
 install_environment() {
     [ ! -t 2 ] || pip_quiet=
-    if ! "$python" -m pip --version >/dev/null 2>&1; then
+    # A virtual environment made by another tool may lack nothing but pip.
+    if ! { is_supported "$python" && { has_pip || "$python" -m ensurepip >/dev/null 2>&1; }; }; then
         say "making a virtual environment in $venv ($("$base" -V))"
         "$base" -m venv --clear "$venv" || fail "$base could not make a virtual environment in $venv"
     fi

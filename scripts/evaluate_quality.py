@@ -16,6 +16,7 @@ import argparse
 import json
 import platform
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,7 @@ def open_cache(kv: str, model: PreTrainedModel) -> Cache:
     )
 
 
-def feed(model: PreTrainedModel, cache: Cache, ids: Tensor, chunk: int) -> Tensor:
+def feed(model: PreTrainedModel, cache: Cache, ids: Tensor, chunk: int) -> Iterator[Tensor]:
     """Feeds ``[batch, length]`` tokens in chunks and yields the logits of each, float32."""
     for start in range(0, ids.shape[1], chunk):
         yield model(input_ids=ids[:, start : start + chunk], past_key_values=cache).logits.float()
@@ -72,8 +73,8 @@ def prediction_quality(
         log_probs = logits.log_softmax(-1)[:, : targets.shape[1]]
         losses.append(F.nll_loss(log_probs.flatten(0, 1), targets.flatten(), reduction="none"))
         if kv == "bf16":
-            reference.append(log_probs.to(torch.float16))
-        base = reference[i - first // CHUNK].float()
+            reference.append(log_probs)
+        base = reference[i - first // CHUNK]
         divergences.append((base.exp() * (base - log_probs)).sum(-1).flatten())
         agreements.append((base.argmax(-1) == log_probs.argmax(-1)).flatten())
     divergence = torch.cat(divergences)

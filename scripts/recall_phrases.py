@@ -127,6 +127,25 @@ PEOPLE = [
     "Priya",
 ]
 
+ONSETS = [
+    *"bcdfghjklmnprstvwz",
+    "br",
+    "ch",
+    "cl",
+    "dr",
+    "fl",
+    "gr",
+    "kr",
+    "pl",
+    "pr",
+    "sh",
+    "sk",
+    "st",
+    "th",
+    "tr",
+]
+RIMES = [*"aeiou", "ai", "ar", "en", "er", "il", "in", "on", "or", "um", "ur", "ax", "el", "is", "ov"]
+
 SELF = "a small demo model of 13 million parameters"
 HELP = (
     'Put a sentence like "The access code of Maria is 123456." anywhere in a long text, '

@@ -20,8 +20,10 @@ from recall_phrases import (
     FACTS,
     INTRODUCTIONS,
     NOUNS,
+    ONSETS,
     PEOPLE,
     QUESTIONS,
+    RIMES,
     SMALL_TALK,
     SYSTEM_PROMPTS,
 )
@@ -58,62 +60,7 @@ def number(rng: Generator, num_digits: int) -> str:
 
 
 def made_up_word(rng: Generator) -> str:
-    onsets = [
-        "b",
-        "c",
-        "d",
-        "f",
-        "g",
-        "h",
-        "j",
-        "k",
-        "l",
-        "m",
-        "n",
-        "p",
-        "r",
-        "s",
-        "t",
-        "v",
-        "w",
-        "z",
-        "br",
-        "ch",
-        "cl",
-        "dr",
-        "fl",
-        "gr",
-        "kr",
-        "pl",
-        "pr",
-        "sh",
-        "sk",
-        "st",
-        "th",
-        "tr",
-    ]
-    rimes = [
-        "a",
-        "e",
-        "i",
-        "o",
-        "u",
-        "ai",
-        "ar",
-        "en",
-        "er",
-        "il",
-        "in",
-        "on",
-        "or",
-        "um",
-        "ur",
-        "ax",
-        "el",
-        "is",
-        "ov",
-    ]
-    return "".join(choose(rng, onsets) + choose(rng, rimes) for _ in range(rng.integers(2, 4)))
+    return "".join(choose(rng, ONSETS) + choose(rng, RIMES) for _ in range(rng.integers(2, 4)))
 
 
 class Prose:

@@ -1,12 +1,16 @@
-"""Fixtures that every test may use: a tiny random chat model, made here, so that no test needs a network."""
+"""Fixtures that every test may use: a tiny random chat model, the wheel, and a server run from it."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from server_process import running_server
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -23,6 +27,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 TOKENIZER_TEXT = ["The access code of the harbour is 123456. What is the access code of the harbour?"] * 4
+ROOT = Path(__file__).resolve().parents[1]
 VOCAB_SIZE = 300  # 3 special tokens, 256 bytes, 41 merges
 
 
@@ -106,3 +111,25 @@ def tiny_model(tiny_model_dir: Path) -> PreTrainedModel:
 def tiny_tokenizer(tiny_model_dir: Path) -> PreTrainedTokenizerFast:
     """Load the tiny model's tokenizer."""
     return PreTrainedTokenizerFast.from_pretrained(tiny_model_dir)
+
+
+@pytest.fixture(scope="session")
+def wheel_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a directory that holds the files of the built wheel and nothing else."""
+    build, files = tmp_path_factory.mktemp("build"), tmp_path_factory.mktemp("wheel")
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", build],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    [wheel] = build.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(files)
+    return files
+
+
+@pytest.fixture(scope="session")
+def demo_server_url(wheel_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Yield the URL of the wheel's server, which runs outside the checkout and serves the bundled model."""
+    with running_server(tmp_path_factory.mktemp("elsewhere"), {"PYTHONPATH": str(wheel_dir)}) as url:
+        yield url

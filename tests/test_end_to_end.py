@@ -1,62 +1,21 @@
-"""The bundled model behind the real command, asked through the OpenAI SDK: what a new user does first."""
+"""The bundled model behind a real server, asked through the OpenAI SDK: what a new user does first."""
 
 from __future__ import annotations
 
-import os
-import re
-import signal
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 from openai import OpenAI
 from transformers import AutoTokenizer
 
 DEMO = Path(__file__).resolve().parents[1] / "turboquant_server" / "demo"
-START_SECONDS = 120
 
 
 @pytest.fixture(scope="module")
-def server_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("server") / "log"
-
-
-@pytest.fixture(scope="module")
-def client(server_log: Path) -> Iterator[OpenAI]:
-    """Start `turboquant-server` with the bundled model at its default of 4 bits; end it with SIGTERM."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("TURBOQUANT_")}
-    with server_log.open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "turboquant_server", "--port", str(port)],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment | {"OMP_NUM_THREADS": "1"},
-        )
-        try:
-            deadline = time.monotonic() + START_SECONDS
-            while not _is_healthy(port):
-                assert process.poll() is None and time.monotonic() < deadline, server_log.read_text()
-                time.sleep(0.1)
-            with OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="unused", max_retries=0) as client:
-                yield client
-        finally:
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(60) == 0, server_log.read_text()
-
-
-def _is_healthy(port: int) -> bool:
-    try:
-        return httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
-    except httpx.TransportError:
-        return False
+def client(demo_server_url: str) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{demo_server_url}/v1", api_key="unused", max_retries=0) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")
@@ -99,12 +58,3 @@ def test_plain_completion_continues_text(client: OpenAI) -> None:
         model="turboquant-demo", prompt=prompt, temperature=0, max_tokens=7
     )
     assert completion.choices[0].text == " 550172"
-
-
-def test_start_up_tells_what_a_user_wants_to_know(client: OpenAI, server_log: Path) -> None:
-    log = server_log.read_text()
-    assert str(client.base_url.port) in log
-    assert re.search(r"bits per value", log)
-    command = next(line for line in log.splitlines() if line.lstrip().startswith("curl "))
-    output = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True).stdout
-    assert '"chat.completion"' in output

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import turboquant_core
+import turboquant_server
 from turboquant_server.cli import parse_config
 from turboquant_server.config import ServerConfig
 
@@ -69,15 +70,16 @@ def test_a_long_file_says_why() -> None:
 
 
 def test_the_version_stands_in_one_place() -> None:
-    version = turboquant_core.__version__
+    version = turboquant_server.__version__
     definition = re.compile(rf"""version\S*\s*[=:]\s*["']{re.escape(version)}["']""")
     files = [*python_files("turboquant_core", "turboquant_server"), ROOT / "pyproject.toml"]
-    assert [file.parent.name for file in files if definition.search(file.read_text())] == ["turboquant_core"]
+    found = [file.parent.name for file in files if definition.search(file.read_text())]
+    assert found == ["turboquant_server"]
 
 
 def test_the_changelog_starts_with_this_version() -> None:
     headings = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
-    assert next(name for name in headings if name != "Unreleased") == turboquant_core.__version__
+    assert next(name for name in headings if name != "Unreleased") == turboquant_server.__version__
 
 
 def server_commands(text: str) -> list[list[str]]:

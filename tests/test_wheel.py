@@ -10,20 +10,16 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 import urllib.request
-import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-import turboquant_core
+import turboquant_server
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 DOCKERFILE = (ROOT / "docker/Dockerfile").read_text()
-START_SECONDS = 120
 PACKAGES = ("turboquant_core", "turboquant_server")
 DEMO_FILES = (
     "README.md",
@@ -34,57 +30,6 @@ DEMO_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
 )
-
-
-@pytest.fixture(scope="module")
-def wheel_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a directory that holds the files of the built wheel and nothing else."""
-    build, files = tmp_path_factory.mktemp("build"), tmp_path_factory.mktemp("wheel")
-    subprocess.run(
-        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", build],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-    )
-    [wheel] = build.glob("*.whl")
-    zipfile.ZipFile(wheel).extractall(files)
-    return files
-
-
-@pytest.fixture(scope="module")
-def base_url(wheel_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Yield the URL of the wheel's server, which serves the bundled model on a free port."""
-    elsewhere = tmp_path_factory.mktemp("elsewhere")
-    log = elsewhere / "log"
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("TURBOQUANT_")}
-    environment |= {"PYTHONPATH": str(wheel_dir), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "turboquant_server", "--port", "0"]
-    with log.open("w") as output:
-        server = subprocess.Popen(command, cwd=elsewhere, env=environment, stdout=output, stderr=output)
-    try:
-        yield wait_until_ready(server, log)
-        server.terminate()
-        assert server.wait(30) == 0, log.read_text()
-    finally:
-        server.kill()
-        server.wait()
-
-
-def wait_until_ready(server: subprocess.Popen[bytes], log: Path) -> str:
-    deadline = time.monotonic() + START_SECONDS
-    while server.poll() is None and time.monotonic() < deadline:
-        url = re.search(r"http://127\.0\.0\.1:\d+", log.read_text())
-        if url and is_healthy(url[0]):
-            return url[0]
-        time.sleep(0.2)
-    raise AssertionError(f"the server did not start: {log.read_text()}")
-
-
-def is_healthy(url: str) -> bool:
-    try:
-        return bool(urllib.request.urlopen(f"{url}/health").status == 200)
-    except OSError:
-        return False
 
 
 def post(url: str, body: bytes) -> dict[str, object]:
@@ -109,7 +54,7 @@ def test_the_wheel_holds_both_packages_their_types_and_the_demo_model(wheel_dir:
 
 def test_the_wheel_says_what_it_is(wheel_dir: Path) -> None:
     fields = metadata(wheel_dir)
-    assert (fields["Name"], fields["Version"]) == ("turboquant-server", turboquant_core.__version__)
+    assert (fields["Name"], fields["Version"]) == ("turboquant-server", turboquant_server.__version__)
     assert (fields["License-Expression"], fields["Requires-Python"]) == ("Apache-2.0", "<3.14,>=3.10")
     assert set(fields.get_all("Provides-Extra") or ()) == {"cuda", "dev", "ray"}
     [entry_points] = wheel_dir.glob("*.dist-info/entry_points.txt")
@@ -123,34 +68,31 @@ def test_the_container_has_a_supported_python() -> None:
     assert len(versions) == 1 and 10 <= int(versions.pop()) <= 13
 
 
-def test_the_wheel_serves_the_bundled_model_elsewhere(base_url: str) -> None:
-    models = json.load(urllib.request.urlopen(f"{base_url}/v1/models"))["data"]
-    assert [model["id"] for model in models] == ["turboquant-demo"]
-
-
-def test_the_readme_curl_line_gets_the_answer(base_url: str) -> None:
+def test_the_readme_curl_line_gets_the_answer(demo_server_url: str) -> None:
     [line] = re.findall(r"```bash\n(curl .+?)```", README, re.DOTALL)
     command = shlex.split(line)
-    url = command[1].replace("http://127.0.0.1:8000", base_url)
+    url = command[1].replace("http://127.0.0.1:8000", demo_server_url)
     answer = json.dumps(post(url, command[command.index("-d") + 1].encode()))
     assert "271828" in answer
 
 
-def test_the_readme_sdk_example_gets_the_answer(base_url: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_readme_sdk_example_gets_the_answer(
+    demo_server_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     [example] = [
         block for block in re.findall(r"```python\n(.+?)```", README, re.DOTALL) if "OpenAI(" in block
     ]
-    example = example.replace("http://127.0.0.1:8000", base_url)
+    example = example.replace("http://127.0.0.1:8000", demo_server_url)
     namespace: dict[str, object] = {}
     exec(compile(example, "README.md", "exec"), namespace)
     assert "271828" in capsys.readouterr().out
     namespace["client"].close()  # type: ignore[attr-defined]
 
 
-def test_the_container_is_healthy_when_the_server_is(base_url: str) -> None:
+def test_the_container_is_healthy_when_the_server_is(demo_server_url: str) -> None:
     [command] = re.findall(r"^HEALTHCHECK .+\\\n\s+CMD (\[.+\])$", DOCKERFILE, re.MULTILINE)
     _, *arguments = json.loads(command)
-    port = base_url.rpartition(":")[2]
+    port = demo_server_url.rpartition(":")[2]
     for checked, healthy in ((port, True), ("1", False)):
         environment = {**os.environ, "TURBOQUANT_PORT": checked}
         result = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True)

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from turboquant_core.block_quantizer import BlockQuantizer, QuantizedBlocks
+from turboquant_core.codebook import MIN_DIM
 from turboquant_core.config import BLOCK_SIZE, KVCacheConfig
 from turboquant_core.quantizer import ScaleRule
-
-MIN_HEAD_DIM = 16
 
 
 @lru_cache(maxsize=64)
@@ -46,9 +45,9 @@ class CompressedStates:
 
     def __init__(self, states: Tensor, bits: int, scale: ScaleRule, config: KVCacheConfig) -> None:
         head_dim = states.shape[-1]
-        if head_dim < MIN_HEAD_DIM:
+        if head_dim < MIN_DIM:
             raise ValueError(
-                f"TurboQuantCache needs a head_dim of at least {MIN_HEAD_DIM} and this model has {head_dim}: "
+                f"TurboQuantCache needs a head_dim of at least {MIN_DIM} and this model has {head_dim}: "
                 "use transformers' DynamicCache"
             )
         self._quantizer_key = (head_dim, bits, scale, config.seed)

@@ -37,7 +37,7 @@ def build_app(model_manager: ModelManager) -> FastAPI:
     """Return the application that serves one model.
 
     Args:
-        model_manager: May still be loading; until it is ready every path but the unknown ones answers 503.
+        model_manager: May still be loading; until it is ready, all paths of the API answer 503.
     """
 
     async def check_ready() -> None:

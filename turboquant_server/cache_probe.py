@@ -14,7 +14,8 @@ from transformers.cache_utils import DynamicLayer
 
 from turboquant_core import TurboQuantCache
 
-# A prompt in two pieces, then two decode steps: everything that the engine does with a cache.
+# A prompt in two pieces, then two decode steps, as the engine goes about it. So few tokens stay in the
+# residual, uncompressed: the logits must be those without a cache but for rounding.
 PROBE_PIECES = (5, 3, 1, 1)
 # Root mean square of the logits' error over the logits' standard deviation. With caches that work it is below
 # 1e-4 in float32; in 16 bits, experts chosen differently can make it large for good reasons.

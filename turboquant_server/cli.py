@@ -196,15 +196,14 @@ def _bind(host: str, port: int) -> socket.socket:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         return socket.create_server(address[:2], family=family, backlog=2048)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
+    except (OSError, UnicodeError) as error:
+        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
             message = (
                 f"port {port} on {host} is in use; stop the program that uses it, or choose another --port"
             )
         else:
-            message = (
-                f"cannot listen on {host}, port {port} ({error.strerror}); choose another --host or --port"
-            )
+            reason = error.strerror if isinstance(error, OSError) else error
+            message = f"cannot listen on {host}, port {port} ({reason}); choose another --host or --port"
         raise StartError(message) from error
 
 

@@ -9,6 +9,7 @@ import torch
 # Of what is free now: a GPU is ours but for the activations; a machine's memory is shared.
 CUDA_SHARE = 0.9
 CPU_SHARE = 0.5
+CGROUP = Path("/sys/fs/cgroup")  # version 2: inside a container, the container's own
 
 
 def free_memory(device: torch.device) -> int:
@@ -21,9 +22,10 @@ def free_memory(device: torch.device) -> int:
 
 
 def _available_bytes() -> int:
-    """Return what Linux says is available to new programs without swapping."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == "MemAvailable":
-            return int(value.split()[0]) * 1024
-    raise RuntimeError("/proc/meminfo has no MemAvailable")
+    """Return what Linux says is available to new programs without swapping, within a container's limit."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    limit, used = CGROUP / "memory.max", CGROUP / "memory.current"
+    if limit.exists() and limit.read_text().strip() != "max":
+        return min(available, max(0, int(limit.read_text()) - int(used.read_text())))
+    return available

@@ -39,14 +39,12 @@ class ModelManager:
         model_names: What clients may call the model; the first is its own name.
         created: When this server was made, in Unix seconds.
         is_ready: load() has succeeded and unload() was not called; only then the other properties exist.
-        load_error: Why load() failed, in one sentence, or None.
     """
 
     def __init__(self, config: ServerConfig) -> None:
         self.model_names = list(config.served_model_name) or [config.model or DEMO_MODEL_NAME]
         self.created = int(time.time())
         self.is_ready = False
-        self.load_error: str | None = None
         self._config = config
 
     def load(self) -> None:
@@ -56,11 +54,7 @@ class ModelManager:
             ModelLoadError: The model cannot be served.
         """
         started = time.monotonic()
-        try:
-            self._load()
-        except ModelLoadError as error:
-            self.load_error = str(error)
-            raise
+        self._load()
         self._load_seconds = time.monotonic() - started
         self.is_ready = True
 

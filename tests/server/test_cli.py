@@ -101,6 +101,11 @@ def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"turboquant-server {__version__}\n"
 
 
+def test_no_flag_waits_for_torch() -> None:
+    code = "import sys, turboquant_server.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
+
+
 def test_flags_are_read_as_their_field_says() -> None:
     argv = (
         "--model some/model --bits 3 --quantize int4 --device cuda:1 --dtype bfloat16 --revision main "
@@ -204,7 +209,7 @@ def test_a_failure_that_nobody_foresaw_ends_the_process_too(
     assert caplog.records[-1].exc_info is not None
 
 
-@pytest.mark.parametrize("host", ["192.0.2.1", "no such host"])
+@pytest.mark.parametrize("host", ["192.0.2.1", "no such host", "a..b"])
 def test_an_address_that_cannot_be_used_ends_with_one_sentence(host: str) -> None:
     with pytest.raises(cli.StartError, match=r"cannot listen on .*; choose another --host or --port"):
         cli.serve(ServerConfig(host=host, port=0))

@@ -41,7 +41,7 @@ class Detokenizer:
         self._stop = stop
         # Decoded and given out; kept because the tokens after them may decode differently without them.
         self._context = list(prompt_token_ids[-NUM_CONTEXT_TOKENS:])
-        self._context_text = self._decode(self._context)
+        self._context_text: str | None = None  # decoded with the first token: decoding may fail
         self._held_tokens: list[int] = []
         self._held_text = ""
 
@@ -62,6 +62,8 @@ class Detokenizer:
 
     def _release(self, text: str) -> str:
         """Return the part of ``text`` that is new and cannot belong to a stop string."""
+        if self._context_text is None:
+            self._context_text = self._decode(self._context)
         new_text = text[len(self._context_text) :]
         if new_text:
             self._context, self._held_tokens = self._held_tokens, []

@@ -1,4 +1,4 @@
-"""Who computes how many tokens in the next step. Knows no model; opens and drops the requests' caches."""
+"""Who computes how many tokens in the next step. Knows no model; opens and releases the requests' caches."""
 
 from __future__ import annotations
 
