@@ -30,6 +30,11 @@ case "$*" in
 esac
 """
 
+# Writes line by line, as nvidia-smi may.
+NVIDIA_SMI = """#!/bin/sh
+while read -r line; do echo "$line"; sleep 0.1; done <{state}/gpus
+"""
+
 
 class Machine:
     """A checkout with our scripts on a machine that is made of stand-ins."""
@@ -47,7 +52,7 @@ class Machine:
         self.put("seconds", "0")
         self._put_program(self.state / "server", "#!/bin/sh\necho serving $*\n")
         self._put_program(binaries / "python3", PYTHON.format(state=self.state, python=sys.executable))
-        self._put_program(binaries / "nvidia-smi", f"#!/bin/sh\ncat {self.state}/gpus\n")
+        self._put_program(binaries / "nvidia-smi", NVIDIA_SMI.format(state=self.state))
         self.environment = {**os.environ, "PATH": f"{binaries}:{os.environ['PATH']}"}
 
     def put(self, name: str, text: str) -> None:
@@ -135,7 +140,7 @@ def test_without_a_gpu_cuda_libraries_are_never_downloaded(machine: Machine) -> 
 
 
 def test_with_a_gpu_the_ordinary_torch_and_the_cuda_packages_are_installed(machine: Machine) -> None:
-    machine.put("gpus", "GPU 0: NVIDIA H200\n")
+    machine.put("gpus", "GPU 0: NVIDIA H200\nGPU 1: NVIDIA H200\n")
     machine.put("torch_build", "2.13.0")
     _, output, messages = machine.run("serve")
     torch, project = machine.installed()

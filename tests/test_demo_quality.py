@@ -1,0 +1,38 @@
+"""The bundled model keeps what its card says of it, in full precision and compressed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from evaluate_quality import evaluate
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+DEMO = Path(__file__).resolve().parents[1] / "turboquant_server" / "demo"
+
+
+def measure(settings: list[str], context: int, num_windows: int, samples: int) -> dict[str, dict]:
+    model = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(DEMO).backend_tokenizer
+    ids = tokenizer.encode((DEMO / "held_out.txt").read_text("utf-8")).ids[: num_windows * context]
+    text = tokenizer.decode(ids, skip_special_tokens=False)
+    return evaluate(model, tokenizer, text, settings, context, samples)
+
+
+def test_four_bits_recall_and_predict_at_one_thousand_tokens() -> None:
+    results = measure(["4"], context=1024, num_windows=2, samples=10)
+    for result in results.values():
+        assert result["retrieval"] == {1024: 1.0}
+    assert results["4"]["perplexity"] < 1.01 * results["bf16"]["perplexity"]
+    assert results["4"]["kld_mean"] < 0.005
+
+
+@pytest.mark.long
+def test_every_width_recalls_and_predicts_at_eight_thousand_tokens() -> None:
+    results = measure(["8", "4", "3", "2"], context=8192, num_windows=3, samples=10)
+    bounds = {"8": (0.001, 0.0005), "4": (0.005, 0.004), "3": (0.015, 0.012), "2": (0.05, 0.05)}
+    for kv, (most_change, most_kld) in bounds.items():
+        assert results[kv]["perplexity"] < (1 + most_change) * results["bf16"]["perplexity"], kv
+        assert results[kv]["kld_mean"] < most_kld, kv
+        assert min(results[kv]["retrieval"].values()) >= 0.9, kv
