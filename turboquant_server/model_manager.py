@@ -106,6 +106,7 @@ class ModelManager:
         return format_report(
             name=" ".join(self.model_names),
             model=self._model,
+            quantize=self._config.quantize,
             load_seconds=self._load_seconds,
             bits=self._config.bits,
             measurement=self._measurement,

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 def format_report(
     name: str,
     model: PreTrainedModel,
+    quantize: str,
     load_seconds: float,
     bits: int,
     measurement: CacheMeasurement,
@@ -28,12 +29,14 @@ def format_report(
     Args:
         name: What clients call the model.
         model: On its device.
+        quantize: How its weights were quantized on loading, or none.
         load_seconds: How long loading took.
         bits: Bits of a code.
         measurement: Of this model's cache.
         max_model_len: Most tokens of a request.
     """
     dtype = str(model.dtype).removeprefix("torch.")
+    weights = "" if quantize == "none" else f"weights in {quantize}, "
     num_bytes = free_memory(model.device)
     share = (
         f"{CUDA_SHARE:.0%} of the GPU's free memory"
@@ -44,14 +47,14 @@ def format_report(
     lines = {
         "model": (
             f"{name} ({model.config.model_type}, {_format_count(model.num_parameters())} parameters, "
-            f"{dtype} on {model.device})"
+            f"{weights}{dtype} on {model.device})"
         ),
         "loaded in": f"{load_seconds:.1f} s",
         "context": f"{max_model_len:,} tokens",
         "KV cache": (
-            f"{bits}-bit codes; {measurement.bits_per_value:.2f} bits per value measured at "
-            f"{compressed.num_tokens:,} tokens, newest ones in {dtype}, norms and means included; "
-            f"{measurement.bits_per_further_value:.3f} for further tokens"
+            f"{bits}-bit codes, {measurement.bits_per_further_value:.3f} bits per value with norms and "
+            f"means; {measurement.bits_per_value:.2f} measured at {compressed.num_tokens:,} tokens, "
+            f"the newest in {dtype}"
         ),
         "room for": (
             f"{_format_tokens(compressed.count_tokens(num_bytes))} tokens in {num_bytes / 2**30:.1f} GiB "

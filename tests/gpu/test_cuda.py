@@ -100,8 +100,11 @@ def _answer(manager: ModelManager, prompt: list[int], params: SamplingParams) ->
     return asyncio.run(collect())
 
 
-def test_the_server_answers_on_cuda_with_the_demo_model() -> None:
-    manager = ModelManager(ServerConfig())
+@pytest.mark.parametrize("quantize", ["none", "int8", "int4"])
+def test_the_server_answers_on_cuda_with_the_demo_model(quantize: str) -> None:
+    if quantize != "none":
+        pytest.importorskip("bitsandbytes")
+    manager = ModelManager(ServerConfig(quantize=quantize))
     manager.load()
     try:
         text = (DEMO / "held_out.txt").read_text("utf-8")[:20_000].replace("<|endoftext|>", "\n")

@@ -113,8 +113,8 @@ def test_the_report_names_the_model_and_what_its_cache_takes(
     assert lines[0] == f"model      {tiny_model_dir} (llama, 471K parameters, float32 on cpu)"
     assert lines[2] == "context    2,048 tokens"
     # 7/8 take 4 bits, a 64th of a 16-bit norm and of a 16-bit mean; 1/8, the newest 128, are float32.
-    assert "7.94 bits per value measured at 1,024 tokens" in lines[3]
-    assert "4.500 for further tokens" in lines[3]
+    assert "7.94 measured at 1,024 tokens" in lines[3]
+    assert "4.500 bits per value" in lines[3]
     assert len(lines) == 5
 
 

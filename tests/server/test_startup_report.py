@@ -22,13 +22,13 @@ def test_the_lines_are_aligned_and_exact(tiny_model: PreTrainedModel) -> None:
         bits_per_value=7.8281,
         bits_per_further_value=4.375,
     )
-    report = format_report("tiny", tiny_model, 1.234, 4, measurement, max_model_len=2048)
+    report = format_report("tiny", tiny_model, "int8", 1.234, 4, measurement, max_model_len=2048)
     assert report.splitlines() == [
-        "model      tiny (llama, 471K parameters, float32 on cpu)",
+        "model      tiny (llama, 471K parameters, weights in int8, float32 on cpu)",
         "loaded in  1.2 s",
         "context    2,048 tokens",
-        "KV cache   4-bit codes; 7.83 bits per value measured at 1,024 tokens, newest ones in float32, "
-        "norms and means included; 4.375 for further tokens",
+        "KV cache   4-bit codes, 4.375 bits per value with norms and means; "
+        "7.83 measured at 1,024 tokens, the newest in float32",
         f"room for   {1024 + (2**30 - 2**20) // 256:,} tokens in 1.0 GiB (50% of the available memory), "
         f"against {1024 + (2**30 - 2**21) // 1024:,} in bfloat16",
     ]
@@ -36,7 +36,7 @@ def test_the_lines_are_aligned_and_exact(tiny_model: PreTrainedModel) -> None:
 
 def test_a_model_that_forgets_has_room_for_any_number_of_tokens(tiny_model: PreTrainedModel) -> None:
     size = CacheSize(1024, 1000, 0)
-    report = format_report("tiny", tiny_model, 1, 4, CacheMeasurement(size, size, 5, 0), 2048)
+    report = format_report("tiny", tiny_model, "none", 1, 4, CacheMeasurement(size, size, 5, 0), 2048)
     assert "room for   any number of tokens in 1.0 GiB" in report
 
 
