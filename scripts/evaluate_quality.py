@@ -99,7 +99,7 @@ def retrieval(
     room = length - 8  # the answer must fit, too
     planted = []
     for i in range(samples):
-        start = int(rng.integers(len(text) - length))
+        start = int(rng.integers(max(1, len(text) - length)))
         planted.append(
             planted_prompt(rng, tokenizer, text[start : start + length], room, (i % 5) / 4, chat=i % 2 == 0)
         )

@@ -29,10 +29,9 @@ def test_four_bits_recall_and_predict_at_one_thousand_tokens() -> None:
 
 
 @pytest.mark.long
-def test_every_width_recalls_and_predicts_at_eight_thousand_tokens() -> None:
-    results = measure(["8", "4", "3", "2"], context=8192, num_windows=3, samples=10)
-    bounds = {"8": (0.001, 0.0005), "4": (0.005, 0.004), "3": (0.015, 0.012), "2": (0.05, 0.05)}
-    for kv, (most_change, most_kld) in bounds.items():
+def test_four_and_two_bits_recall_and_predict_at_eight_thousand_tokens() -> None:
+    results = measure(["4", "2"], context=8192, num_windows=1, samples=4)
+    for kv, (most_change, most_kld) in {"4": (0.005, 0.004), "2": (0.05, 0.05)}.items():
         assert results[kv]["perplexity"] < (1 + most_change) * results["bf16"]["perplexity"], kv
         assert results[kv]["kld_mean"] < most_kld, kv
-        assert min(results[kv]["retrieval"].values()) >= 0.9, kv
+        assert set(results[kv]["retrieval"].values()) == {1.0}, kv
