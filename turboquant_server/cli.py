@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 from collections.abc import Sequence
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import uvicorn
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 PROGRAM = "turboquant-server"
 DRAIN_SECONDS = 30
+CUT_OFF_SECONDS = 5  # after those, for the last words of what has not finished
 EXAMPLE_QUESTION = "The access code of the harbour is 271828. What is the access code of the harbour?"
 
 logger = logging.getLogger(__name__)
@@ -137,19 +139,23 @@ def serve(config: ServerConfig) -> None:
         KeyboardInterrupt: SIGINT or SIGTERM, after open requests have had time to finish.
     """
     with _bind(config.host, config.port) as listener:
+        # Threads that wait for each other spin this often before they sleep; by default so long that another
+        # busy process makes a step 4 times as slow; so it is 1.5 times (2 cores, the bundled model).
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
         # Importing torch and transformers takes seconds; an unusable address should be told before.
         from turboquant_server.app import build_app
         from turboquant_server.model_manager import ModelLoadError, ModelManager
 
         model_manager = ModelManager(config)
-        server = uvicorn.Server(
+        server = _Server(
             uvicorn.Config(
                 build_app(model_manager),
                 log_config=None,
                 access_log=False,
                 lifespan="off",
-                timeout_graceful_shutdown=DRAIN_SECONDS,
-            )
+                timeout_graceful_shutdown=DRAIN_SECONDS + CUT_OFF_SECONDS,
+            ),
+            model_manager,
         )
         failures: list[str] = []
 
@@ -183,6 +189,24 @@ def serve(config: ServerConfig) -> None:
                 model_manager.unload()
         if failures:
             raise StartError(failures[0])
+
+
+class _Server(uvicorn.Server):
+    """Give open requests time to finish after a signal, and an error of their own when it is over."""
+
+    def __init__(self, config: uvicorn.Config, model_manager: ModelManager) -> None:
+        super().__init__(config)
+        self._model_manager = model_manager
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)
+        timer = threading.Timer(DRAIN_SECONDS, self._end_requests)
+        timer.daemon = True
+        timer.start()
+
+    def _end_requests(self) -> None:
+        if self._model_manager.is_ready:
+            self._model_manager.engine.shutdown()
 
 
 def _bind(host: str, port: int) -> socket.socket:

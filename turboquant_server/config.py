@@ -47,7 +47,7 @@ class ServerConfig(BaseSettings):
     )
     max_model_len: int | None = Field(
         None,
-        ge=1,
+        ge=2,
         description="most tokens of prompt and answer together (default: what the model was made for)",
     )
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")

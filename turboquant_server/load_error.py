@@ -64,9 +64,13 @@ def explain(error: Exception, source: str, revision: str | None, device: torch.d
         )
     if "no file named model.safetensors" in text or "does not appear to have a file named" in text:
         return f"{source} has no weights; give a checkpoint with safetensors or PyTorch weights"
+    if "ignore_mismatched_sizes" in text:
+        return f"the weights of {source} do not fit its config.json; download the model again"
     if is_a(SafetensorError):
         return f"the weights of {source} are damaged; download the model again"
     if is_a(torch.OutOfMemoryError):
         return f"{source} does not fit into {device}; try --quantize int8 or int4, or a smaller model"
-    first_line = text.strip().splitlines()[0] if text.strip() else "no message"
-    return f"{source} cannot be loaded ({type(error).__name__}: {first_line[:200]}); check the checkpoint"
+    # Validators of configurations name the reason last, all others first.
+    lines = text.strip().splitlines() or ["no message"]
+    reason = lines[-1 if "validation error" in lines[0] else 0].strip()
+    return f"{source} cannot be loaded ({type(error).__name__}: {reason[:200]}); check the checkpoint"

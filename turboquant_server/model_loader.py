@@ -172,15 +172,17 @@ def _longest_context(text_config: PreTrainedConfig, positions: int) -> int:
 
 
 def _load_tokenizer(source: str, options: dict[str, Any]) -> PreTrainedTokenizerBase:
+    message = f"{source} has no usable tokenizer; add its tokenizer.json and tokenizer_config.json"
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **options)
     except Exception as error:
         if is_about_the_hub(error) or "trust_remote_code" in str(error):
             raise
         logger.debug("loading the tokenizer of %s failed", source, exc_info=True)
-        raise ModelLoadError(
-            f"{source} has no tokenizer that can be loaded; add its tokenizer.json and tokenizer_config.json"
-        ) from error
+        raise ModelLoadError(message) from error
+    # Where the files are missing, transformers may return a tokenizer that knows no text.
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+        raise ModelLoadError(message)
     return tokenizer
 
 

@@ -12,13 +12,16 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 
 from turboquant_server import __version__, cli
 from turboquant_server.cli import main, parse_config
@@ -147,7 +150,7 @@ def test_a_flag_beats_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
         ("--port 70000", ("--port", "65535", "'70000'")),
         ("--quantize int3", ("--quantize", "'none', 'int8' or 'int4'", "'int3'")),
         ("--dtype fp8", ("--dtype", "'bfloat16'", "'fp8'")),
-        ("--max-model-len 0", ("--max-model-len", "greater than or equal to 1")),
+        ("--max-model-len 1", ("--max-model-len", "greater than or equal to 2")),
         ("--max_model_len x", ("--max-model-len", "'x'")),
         ("--served-model-name", ("--served-model-name", "at least one argument")),
         ("--frobnicate 1", ("unrecognized arguments", "--frobnicate")),
@@ -224,6 +227,18 @@ def test_a_request_that_a_stop_cuts_off_leaves_no_traceback(
     cli._configure_logging()
     logging.getLogger("uvicorn.error").error("Exception in ASGI application", exc_info=error)
     assert bool(caplog.records) is is_logged
+
+
+def test_requests_that_do_not_finish_in_time_after_a_signal_are_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ended = threading.Event()
+    model_manager = SimpleNamespace(is_ready=True, engine=SimpleNamespace(shutdown=ended.set))
+    monkeypatch.setattr(cli, "DRAIN_SECONDS", 0.01)
+    server = cli._Server(uvicorn.Config(app=None), model_manager)  # type: ignore[arg-type]
+    server.handle_exit(signal.SIGTERM, None)
+    assert server.should_exit
+    assert ended.wait(10)
 
 
 def test_a_start_says_where_and_how_to_ask_and_a_stop_waits_for_streams(

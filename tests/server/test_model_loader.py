@@ -176,13 +176,20 @@ def test_incomplete_weights_are_refused_and_not_made_up(checkpoint: Path) -> Non
 
 def test_weights_of_another_shape_are_told_in_one_line(checkpoint: Path) -> None:
     change_config(checkpoint, intermediate_size=128)
-    assert failure(checkpoint).startswith("MODEL cannot be loaded (RuntimeError: ")
+    assert failure(checkpoint).startswith("the weights of MODEL do not fit its config.json;")
+
+
+def test_a_tokenizer_that_knows_no_text_is_told(checkpoint: Path) -> None:
+    shutil.copytree(model_loader.DEMO_DIRECTORY, checkpoint, dirs_exist_ok=True)
+    for path in checkpoint.glob("token*.json"):
+        path.unlink()
+    assert failure(checkpoint).startswith("MODEL has no usable tokenizer;")
 
 
 def test_a_missing_tokenizer_is_told(checkpoint: Path) -> None:
     (checkpoint / "tokenizer.json").unlink()
     (checkpoint / "tokenizer_config.json").unlink()
-    assert failure(checkpoint).startswith("MODEL has no tokenizer that can be loaded;")
+    assert failure(checkpoint).startswith("MODEL has no usable tokenizer;")
 
 
 def test_quantized_weights_need_a_gpu(checkpoint: Path) -> None:

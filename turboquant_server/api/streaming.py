@@ -10,6 +10,8 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from sse_starlette.sse import AppStatus
 
 from turboquant_server.api.errors import to_api_error
+from turboquant_server.engine.async_engine import EngineDeadError
+from turboquant_server.engine.request import RequestFailedError
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +47,8 @@ async def _read_events(chunks: AsyncGenerator[str, None]) -> AsyncGenerator[str,
             async for chunk in chunks:
                 yield chunk
         except Exception as error:
-            # The status has been sent; the error can only be an event.
-            logger.exception("a stream ended with an error")
+            # The status has been sent; the error can only be an event. The engine has logged its own.
+            if not isinstance(error, EngineDeadError | RequestFailedError):
+                logger.exception("a stream ended with an error")
             yield to_api_error(error).body.model_dump_json()
     yield "[DONE]"
