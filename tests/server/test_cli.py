@@ -235,7 +235,7 @@ def test_requests_that_do_not_finish_in_time_after_a_signal_are_ended(
     ended = threading.Event()
     model_manager = SimpleNamespace(is_ready=True, engine=SimpleNamespace(shutdown=ended.set))
     monkeypatch.setattr(cli, "DRAIN_SECONDS", 0.01)
-    server = cli._Server(uvicorn.Config(app=None), model_manager)  # type: ignore[arg-type]
+    server = cli._Server(uvicorn.Config(app=None, log_config=None), model_manager)  # type: ignore[arg-type]
     server.handle_exit(signal.SIGTERM, None)
     assert server.should_exit
     assert ended.wait(10)
