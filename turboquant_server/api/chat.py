@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 from typing import TYPE_CHECKING
 
 from fastapi import Request
@@ -21,7 +22,7 @@ from turboquant_server.api.protocol import (
     ChatCompletionRequest,
     ChunkChoice,
 )
-from turboquant_server.api.streaming import stream_events
+from turboquant_server.api.streaming import format_chunk, stream_events
 
 if TYPE_CHECKING:
     from turboquant_server.api.prompts import PromptTokenizer
@@ -73,10 +74,7 @@ async def _stream_chunks(
     """Yield the chunks of one answer as JSON: its role, its text, its end and, if asked for, its usage."""
     answer = Answer()
 
-    def chunk(**fields: object) -> str:
-        chunk = template.model_copy(update=fields)
-        return chunk.model_dump_json(exclude=None if include_usage else {"usage"})
-
+    chunk = partial(format_chunk, template, include_usage)
     yield chunk(choices=[ChunkChoice(index=0, delta={"role": "assistant", "content": ""})])
     async with aclosing(outputs):
         async for _, output in outputs:

@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from fastapi import Request
@@ -15,7 +16,7 @@ from turboquant_server.api.errors import invalid_request
 from turboquant_server.api.generation import Answer, Outputs, collect, count_usage, generate, make_prompt
 from turboquant_server.api.models import resolve_model
 from turboquant_server.api.protocol import Completion, CompletionChoice, CompletionRequest
-from turboquant_server.api.streaming import stream_events
+from turboquant_server.api.streaming import format_chunk, stream_events
 
 if TYPE_CHECKING:
     from turboquant_server.api.prompts import PromptTokenizer
@@ -93,10 +94,7 @@ async def _stream_chunks(
     """Yield what each step adds, as JSON, the last of each answer with its end; then the usage, if wanted."""
     answers = [Answer() for _ in range(num_answers)]
 
-    def chunk(**fields: object) -> str:
-        chunk = template.model_copy(update=fields)
-        return chunk.model_dump_json(exclude=None if include_usage else {"usage"})
-
+    chunk = partial(format_chunk, template, include_usage)
     async with aclosing(outputs):
         async for index, output in outputs:
             answers[index].add(output)

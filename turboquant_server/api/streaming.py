@@ -6,6 +6,7 @@ import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
+from pydantic import BaseModel
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from sse_starlette.sse import AppStatus
 
@@ -39,6 +40,12 @@ def stream_events(chunks: AsyncGenerator[str, None]) -> EventSourceResponse:
         ping_message_factory=lambda: ServerSentEvent(comment="keep-alive", sep=LINE_END),
         headers={"Cache-Control": "no-cache"},
     )
+
+
+def format_chunk(template: BaseModel, include_usage: bool, **fields: object) -> str:
+    """Return ``template`` with these fields as JSON, without ``usage`` unless it was asked for."""
+    chunk = template.model_copy(update=fields)
+    return chunk.model_dump_json(exclude=None if include_usage else {"usage"})
 
 
 async def _read_events(chunks: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
