@@ -21,14 +21,15 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 DOCKERFILE = (ROOT / "docker/Dockerfile").read_text()
 PACKAGES = ("turboquant_core", "turboquant_server")
-DEMO_FILES = (
-    "README.md",
-    "chat_template.jinja",
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
+DATA_FILES = (
+    "sample_text.txt",
+    "demo/README.md",
+    "demo/chat_template.jinja",
+    "demo/config.json",
+    "demo/generation_config.json",
+    "demo/model.safetensors",
+    "demo/tokenizer.json",
+    "demo/tokenizer_config.json",
 )
 
 
@@ -43,12 +44,12 @@ def metadata(wheel_dir: Path) -> email.message.Message:
     return email.parser.Parser().parsestr(file.read_text())
 
 
-def test_the_wheel_holds_both_packages_their_types_and_the_demo_model(wheel_dir: Path) -> None:
+def test_the_wheel_holds_both_packages_their_types_and_their_data(wheel_dir: Path) -> None:
     assert {path.name for path in wheel_dir.iterdir() if path.suffix != ".dist-info"} == set(PACKAGES)
     for package in PACKAGES:
         assert (wheel_dir / package / "py.typed").exists()
-    for name in DEMO_FILES:
-        packed, source = (base / "turboquant_server/demo" / name for base in (wheel_dir, ROOT))
+    for name in DATA_FILES:
+        packed, source = (base / "turboquant_server" / name for base in (wheel_dir, ROOT))
         assert packed.read_bytes() == source.read_bytes(), name
 
 

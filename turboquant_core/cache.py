@@ -7,12 +7,14 @@ Knows which kind of layer each layer of a model needs; how one layer works is in
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+import inspect
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import (
     Cache,
@@ -26,6 +28,7 @@ from transformers.cache_utils import (
 
 from turboquant_core.cache_layers import TurboQuantHybridLayer, TurboQuantLayer, TurboQuantSlidingLayer
 from turboquant_core.config import KVCacheConfig
+from turboquant_core.transform import LayerTransforms
 
 
 @dataclass(frozen=True)
@@ -33,21 +36,23 @@ class MemoryFootprint:
     """What a cache holds, in bytes of tensors; nothing is allocated ahead.
 
     Attributes:
-        compressed_bytes: Codes, norms and block means.
-        residual_bytes: The newest tokens, in the model's dtype.
+        compressed_bytes: Codes, norms and means.
+        exact_bytes: The first and the newest tokens, in the model's dtype.
         other_bytes: Recurrent and convolution states, and layers that stay transformers' own.
+        num_compressed_values: Numbers in the keys and values that are compressed.
         num_values: Numbers in the keys and values that an uncompressed cache would hold for the same tokens.
     """
 
     compressed_bytes: int
-    residual_bytes: int
+    exact_bytes: int
     other_bytes: int
+    num_compressed_values: int
     num_values: int
 
     @property
     def total_bytes(self) -> int:
         """All bytes held."""
-        return self.compressed_bytes + self.residual_bytes + self.other_bytes
+        return self.compressed_bytes + self.exact_bytes + self.other_bytes
 
     @property
     def bf16_bytes(self) -> int:
@@ -56,16 +61,21 @@ class MemoryFootprint:
 
     @property
     def bits_per_value(self) -> float:
-        """Bits that a number of a key or value takes on average, residual included; 0 if there are none."""
-        return 8 * (self.compressed_bytes + self.residual_bytes) / max(1, self.num_values)
+        """Bits that a number of a key or value takes on average, everything counted; 0 if there are none."""
+        return 8 * (self.compressed_bytes + self.exact_bytes) / max(1, self.num_values)
+
+    @property
+    def bits_per_compressed_value(self) -> float:
+        """The same for the numbers that are compressed: codes, norms and means."""
+        return 8 * self.compressed_bytes / max(1, self.num_compressed_values)
 
 
 class TurboQuantCache(Cache):
     """A KV cache for plain transformers that holds old tokens as TurboQuant codes (arXiv 2504.19874).
 
-    Per kv head, the newest ``residual_length`` to ``residual_length + 63`` tokens stay in the model's dtype;
-    older ones are quantized in blocks of 64. Each forward dequantizes the past, layer by layer, and keeps
-    no copy of it: the cache saves memory, not time. It carries no gradients.
+    Per kv head, the first ``num_sinks`` and the newest ``residual_length`` to ``residual_length + 63`` tokens
+    stay in the model's dtype; those between are quantized in blocks of 64. Each forward dequantizes the past,
+    layer by layer, and keeps no copy of it: the cache saves memory, not time. It carries no gradients.
 
     Without `config` it finds out what each layer needs as the model runs; with ``config=model.config``
     sliding-window layers also forget what has left their window. Encoder-decoder models are not supported.
@@ -74,16 +84,28 @@ class TurboQuantCache(Cache):
         >>> model.generate(**inputs, past_key_values=cache)
         >>> cache.memory_footprint().total_bytes
 
+    A model's transforms, measured once on any text, lower the error; its bit plan spreads bits over layers:
+
+        >>> transforms = measure_transforms(model, input_ids)
+        >>> plan = plan_bits(model, input_ids, 3.5, context=8192, transforms=transforms)
+        >>> cache = TurboQuantCache(layer_bits=plan.layer_bits, transforms=transforms, config=model.config)
+
     Args:
         bits: Bits per number of keys and values: 2, 3, 4 or 8.
         key_bits: The same for keys alone.
         value_bits: The same for values alone.
+        layer_bits: The bits of keys and values of single layers, by the layer's index.
         residual_length: Number of newest tokens that always stay in full precision.
+        num_sinks: Number of first tokens that do. Models send much of their attention there, where a small
+            error of a value counts for all tokens; sliding windows have none.
+        transforms: What keys and values are multiplied by before they are quantized, by the layer's index;
+            rotations by default.
         config: The model's configuration.
         seed: Seed of the rotations.
 
     Raises:
-        ValueError: If bits or residual_length is out of range; in the first forward, if head_dim is below 16.
+        ValueError: If a number is out of range; in the first forward, if head_dim is below 16 or the
+            transforms are of another model.
     """
 
     def __init__(
@@ -92,7 +114,10 @@ class TurboQuantCache(Cache):
         *,
         key_bits: int | None = None,
         value_bits: int | None = None,
+        layer_bits: Mapping[int, tuple[int, int]] | None = None,
         residual_length: int = 128,
+        num_sinks: int = 4,
+        transforms: Mapping[int, LayerTransforms] | None = None,
         config: PreTrainedConfig | None = None,
         seed: int = 0,
     ) -> None:
@@ -100,16 +125,22 @@ class TurboQuantCache(Cache):
             key_bits=bits if key_bits is None else key_bits,
             value_bits=bits if value_bits is None else value_bits,
             residual_length=residual_length,
+            num_sinks=num_sinks,
             seed=seed,
         )
+        self._layer_configs = {
+            index: dataclasses.replace(self._kv_config, key_bits=pair[0], value_bits=pair[1])
+            for index, pair in (layer_bits or {}).items()
+        }
+        self._transforms = transforms or {}
         self._grows = config is None
         self._records_past = False
         plain_layers = [] if config is None else DynamicCache(config=config).layers
-        super().__init__(layers=[self._compressed(layer) for layer in plain_layers])
+        super().__init__(layers=[self._compressed(i, layer) for i, layer in enumerate(plain_layers)])
 
     def memory_footprint(self) -> MemoryFootprint:
         """Count the bytes that the cache holds now."""
-        compressed_bytes = residual_bytes = other_bytes = num_values = 0
+        compressed_bytes = exact_bytes = other_bytes = num_compressed_values = num_values = 0
         for layer in self.layers:
             attention = _attention(layer)
             if attention is not None:
@@ -117,10 +148,11 @@ class TurboQuantCache(Cache):
                 for states in attention.states:
                     batch, num_heads, _, head_dim = states.residual.shape
                     compressed_bytes += sum(x.nbytes for x in states.blocks)
-                    residual_bytes += states.residual.nbytes
+                    exact_bytes += states.sinks.nbytes + states.residual.nbytes
+                    num_compressed_values += states.blocks.norms.numel() * head_dim
                     num_values += batch * num_heads * num_tokens * head_dim
             other_bytes += sum(x.nbytes for x in _plain_tensors(layer))
-        return MemoryFootprint(compressed_bytes, residual_bytes, other_bytes, num_values)
+        return MemoryFootprint(compressed_bytes, exact_bytes, other_bytes, num_compressed_values, num_values)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest tokens: -n removes n; n > 0, transformers' older convention, keeps n.
@@ -155,19 +187,28 @@ class TurboQuantCache(Cache):
                 return tensor.shape[0]
         return 0
 
-    def _compressed(self, layer: Any) -> Any:
+    def _compressed(self, layer_idx: int, layer: Any) -> Any:
         """Return our counterpart of one of transformers' layers; one without plain keys and values stays."""
-        kind, config = type(layer), self._kv_config
+        kind = type(layer)
         if kind is DynamicLayer:
-            return TurboQuantLayer(config)
+            return self._full_layer(layer_idx)
         if kind is DynamicSlidingWindowLayer:
-            return TurboQuantSlidingLayer(config, layer.sliding_window)
+            return self._sliding_layer(layer_idx, layer.sliding_window)
         if kind is LinearAttentionAndFullAttentionLayer:
-            return TurboQuantHybridLayer(TurboQuantLayer(config), layer.number_of_states)
+            return TurboQuantHybridLayer(self._full_layer(layer_idx), layer.number_of_states)
         if kind is LinearAttentionAndSlidingWindowAttentionLayer:
-            attention = TurboQuantSlidingLayer(config, layer.sliding_window)
+            attention = self._sliding_layer(layer_idx, layer.sliding_window)
             return TurboQuantHybridLayer(attention, layer.number_of_states)
         return layer
+
+    def _full_layer(self, layer_idx: int) -> TurboQuantLayer:
+        return TurboQuantLayer(self._layer_config(layer_idx), self._transforms.get(layer_idx))
+
+    def _sliding_layer(self, layer_idx: int, window: int) -> TurboQuantSlidingLayer:
+        return TurboQuantSlidingLayer(self._layer_config(layer_idx), window, self._transforms.get(layer_idx))
+
+    def _layer_config(self, layer_idx: int) -> KVCacheConfig:
+        return self._layer_configs.get(layer_idx, self._kv_config)
 
     # Without a config, every layer up to the highest used so far exists. It starts as full attention; its
     # first state makes it linear (no keys yet) or hybrid; one that has neither, an MLP block, stays empty.
@@ -179,7 +220,7 @@ class TurboQuantCache(Cache):
         if self._grows:
             layer = self._grown(layer_idx)
             if type(layer) is LinearAttentionLayer:
-                hybrid = TurboQuantHybridLayer(TurboQuantLayer(self._kv_config))
+                hybrid = TurboQuantHybridLayer(self._full_layer(layer_idx))
                 vars(hybrid).update(vars(layer))
                 self.layers[layer_idx] = hybrid
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -225,7 +266,7 @@ class TurboQuantCache(Cache):
 
     def _grown(self, layer_idx: int) -> Any:
         while len(self.layers) <= layer_idx:
-            self.layers.append(TurboQuantLayer(self._kv_config))
+            self.layers.append(self._full_layer(len(self.layers)))
         return self.layers[layer_idx]
 
     def _prepare_state(self, layer_idx: int, state_idx: int) -> None:
@@ -254,6 +295,12 @@ class TurboQuantCache(Cache):
         attentions = [_attention(layer) for layer in self.layers]
         with_keys = [i for i, attention in enumerate(attentions) if attention and attention.is_initialized]
         return layer_idx if layer_idx in with_keys or not with_keys else with_keys[0]
+
+
+def cache_argument(model: nn.Module) -> str:
+    """Return what a model's forward calls its cache: ``cache`` since transformers 5.24."""
+    parameters = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
 
 
 def _attention(layer: Any) -> TurboQuantLayer | None:

@@ -8,6 +8,7 @@ tokens are held (`compressed_states.py`).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 from torch import LongTensor, Tensor
@@ -17,8 +18,12 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
+from turboquant_core.block_quantizer import BlockQuantizer
+from turboquant_core.codebook import MIN_DIM
 from turboquant_core.compressed_states import CompressedStates
 from turboquant_core.config import KVCacheConfig
+from turboquant_core.quantizer import ScaleRule
+from turboquant_core.transform import LayerTransforms, Transform, rotation
 
 
 class TurboQuantLayer(CacheLayerMixin):
@@ -28,27 +33,55 @@ class TurboQuantLayer(CacheLayerMixin):
     dequantized first.
 
     Args:
-        config: Bits, residual length and seed.
+        config: Bits, residual length, number of sinks and seed.
+        transforms: Of this layer's keys and values; rotations by default.
     """
 
     is_sliding = False
     is_croppable = True
     record_past = False  # every token stays, so there is nothing to switch on
 
-    def __init__(self, config: KVCacheConfig) -> None:
+    def __init__(self, config: KVCacheConfig, transforms: LayerTransforms | None = None) -> None:
         super().__init__()
         self._config = config
+        self._transforms = transforms
         self.states: tuple[CompressedStates, ...] = ()  # keys, values
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Learn shapes, dtype and device from the first tokens."""
-        config = self._config
+        """Learn shapes, dtype and device from the first tokens.
+
+        Raises:
+            ValueError: If head_dim is below 16, or the transforms are of another shape.
+        """
+        config, transforms = self._config, self._transforms or (None, None)
         self.dtype, self.device = key_states.dtype, key_states.device
         self.states = (
-            CompressedStates(key_states, config.key_bits, "norm_corrected", config),
-            CompressedStates(value_states, config.value_bits, "unbiased", config),
+            self._empty_states(key_states, config.key_bits, "norm_corrected", transforms[0]),
+            self._empty_states(value_states, config.value_bits, "unbiased", transforms[1]),
         )
         self.is_initialized = True
+
+    def _empty_states(
+        self, states: Tensor, bits: int, scale: ScaleRule, transform: Transform | None
+    ) -> CompressedStates:
+        num_heads, _, head_dim = states.shape[1:]
+        if head_dim < MIN_DIM:
+            raise ValueError(
+                f"TurboQuantCache needs a head_dim of at least {MIN_DIM} and this model has {head_dim}: "
+                "use transformers' DynamicCache"
+            )
+        transform = transform or rotation(head_dim, self._config.seed)
+        if transform.dim != head_dim or transform.num_heads not in (1, num_heads):
+            raise ValueError(
+                f"the transforms are for {transform.num_heads} heads of {transform.dim} and the model has "
+                f"{num_heads} of {head_dim}: measure them with this model"
+            )
+        return CompressedStates(
+            states,
+            BlockQuantizer(head_dim, bits, scale=scale, transform=transform),
+            residual_length=self._config.residual_length,
+            num_sinks=self._config.num_sinks,
+        )
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -114,14 +147,17 @@ class TurboQuantSlidingLayer(TurboQuantLayer):
     then the new ones. Up to 63 older tokens are held because a block leaves as a whole.
 
     Args:
-        config: Bits, residual length and seed.
+        config: Bits, residual length and seed; the first tokens leave the window, so there are no sinks.
         sliding_window: Number of keys that a query sees, itself included.
+        transforms: Of this layer's keys and values; rotations by default.
     """
 
     is_sliding = True
 
-    def __init__(self, config: KVCacheConfig, sliding_window: int) -> None:
-        super().__init__(config)
+    def __init__(
+        self, config: KVCacheConfig, sliding_window: int, transforms: LayerTransforms | None = None
+    ) -> None:
+        super().__init__(dataclasses.replace(config, num_sinks=0), transforms)
         self.sliding_window = sliding_window
         self.cumulative_length = 0
 
@@ -134,9 +170,9 @@ class TurboQuantSlidingLayer(TurboQuantLayer):
     ) -> tuple[Tensor, Tensor]:
         """Store new tokens and return what is visible of the past and the new ones."""
         num_visible = self.get_mask_sizes(key_states.shape[2])[0]
-        self.cumulative_length += key_states.shape[2]
         window = None if self.record_past else self.sliding_window - 1
         keys, values = self._append(key_states, value_states, window)
+        self.cumulative_length += key_states.shape[2]
         num_hidden = keys.shape[2] - num_visible
         return keys[:, :, num_hidden:], values[:, :, num_hidden:]
 

@@ -1,29 +1,21 @@
-"""The keys, or the values, of one layer: quantized blocks of old tokens, then the newest tokens as they came.
+"""The keys, or the values, of one layer: the first tokens as they came, quantized blocks, the newest tokens.
 
-Knows how tokens move between the two; knows neither transformers nor how a block is quantized.
+Knows how tokens move between the three; knows neither transformers nor how a block is quantized.
 
-    tokens, oldest first:   [ block 0 | block 1 | ... | block n-1 | residual                               ]
-    held as:                  codes, norms, mean per 64 tokens      model's dtype, residual_length .. + 63
+    tokens, oldest first:   [ sinks         | block 0 | block 1 | ... | block n-1 | residual                 ]
+    held as:                  model's dtype   codes, norms, means                   model's dtype
+    tokens:                   num_sinks       64 each                               residual_length .. + 63
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from turboquant_core.block_quantizer import BlockQuantizer, QuantizedBlocks
-from turboquant_core.codebook import MIN_DIM
-from turboquant_core.config import BLOCK_SIZE, KVCacheConfig
-from turboquant_core.quantizer import ScaleRule
-
-
-@lru_cache(maxsize=64)
-def block_quantizer(head_dim: int, bits: int, scale: ScaleRule, seed: int) -> BlockQuantizer:
-    """Return the quantizer that all layers of a shape share, so that no cache holds or copies its tables."""
-    return BlockQuantizer(head_dim, bits, scale=scale, seed=seed)
+from turboquant_core.config import BLOCK_SIZE
 
 
 class CompressedStates:
@@ -31,33 +23,24 @@ class CompressedStates:
 
     Args:
         states: Tokens to come, ``[batch, num_kv_heads, num_tokens, head_dim]``; only shape and dtype count.
-        bits: Bits per number of a block.
-        scale: How a block's norms are chosen.
-        config: Residual length and seed.
+        quantizer: Of the blocks.
+        residual_length: Number of newest tokens that always stay as they came.
+        num_sinks: Number of first tokens that do.
 
     Attributes:
-        blocks: The oldest tokens; each tensor is ``[batch, num_kv_heads, num_blocks, ...]``.
-        residual: The newest tokens, ``[batch, num_kv_heads, num_tokens, head_dim]`` in the model's dtype.
-
-    Raises:
-        ValueError: If head_dim is below 16.
+        sinks: The first tokens, ``[batch, num_kv_heads, num_tokens, head_dim]`` in the model's dtype.
+        blocks: Those after them; each tensor is ``[batch, num_kv_heads, num_blocks, ...]``.
+        residual: The newest tokens, of the kind of `sinks`.
     """
 
-    def __init__(self, states: Tensor, bits: int, scale: ScaleRule, config: KVCacheConfig) -> None:
-        head_dim = states.shape[-1]
-        if head_dim < MIN_DIM:
-            raise ValueError(
-                f"TurboQuantCache needs a head_dim of at least {MIN_DIM} and this model has {head_dim}: "
-                "use transformers' DynamicCache"
-            )
-        self._quantizer_key = (head_dim, bits, scale, config.seed)
-        self._residual_length = config.residual_length
-        self.residual = _own(states[:, :, :0].detach())
-        self.blocks = self._quantizer.quantize(states.new_empty(*states.shape[:2], 0, BLOCK_SIZE, head_dim))
-
-    @property
-    def _quantizer(self) -> BlockQuantizer:
-        return block_quantizer(*self._quantizer_key)
+    def __init__(
+        self, states: Tensor, quantizer: BlockQuantizer, *, residual_length: int, num_sinks: int
+    ) -> None:
+        self._quantizer = quantizer
+        self._residual_length = residual_length
+        self._num_sinks = num_sinks
+        self.sinks = self.residual = _own(states[:, :, :0].detach())
+        self.blocks = quantizer.quantize(states.new_empty(*states.shape[:2], 0, BLOCK_SIZE, states.shape[-1]))
 
     @property
     def num_blocks(self) -> int:
@@ -66,8 +49,12 @@ class CompressedStates:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens held, in blocks and residual."""
-        return self.num_blocks * BLOCK_SIZE + self.residual.shape[2]
+        """Tokens held."""
+        return self._end_of_blocks + self.residual.shape[2]
+
+    @property
+    def _end_of_blocks(self) -> int:
+        return self.sinks.shape[2] + self.num_blocks * BLOCK_SIZE
 
     def append(self, states: Tensor, window: int | None = None) -> Tensor:
         """Take new tokens in and return every token held, the new ones exact and last.
@@ -83,7 +70,9 @@ class CompressedStates:
             ValueError: If batch, heads or head_dim are not those of the tokens held.
         """
         full = self._join(states)
-        self._settle(full[:, :, self.num_blocks * BLOCK_SIZE :].detach(), window)
+        if self.sinks.shape[2] < self._num_sinks:  # then no token is elsewhere
+            self.sinks = _own(full[:, :, : self._num_sinks].detach())
+        self._settle(full[:, :, self._end_of_blocks :].detach(), window)
         return full
 
     def trim(self, window: int) -> None:
@@ -93,9 +82,13 @@ class CompressedStates:
     def crop(self, num_tokens: int) -> None:
         """Remove the newest `num_tokens`; what is left of a block goes back to the residual, dequantized."""
         num_left = self.num_tokens - num_tokens
-        num_blocks, rest = divmod(num_left, BLOCK_SIZE)
-        if num_blocks >= self.num_blocks:
-            self.residual = _own(self.residual[:, :, : num_left - self.num_blocks * BLOCK_SIZE])
+        if num_left >= self._end_of_blocks:
+            self.residual = _own(self.residual[:, :, : num_left - self._end_of_blocks])
+            return
+        self.sinks = _own(self.sinks[:, :, :num_left])
+        num_blocks, rest = divmod(num_left - self.sinks.shape[2], BLOCK_SIZE)
+        if self.num_blocks == 0:
+            self.residual = _own(self.residual[:, :, :0])
             return
         block = _slice_blocks(self.blocks, num_blocks, num_blocks + 1)
         self.residual = _own(self._quantizer.dequantize(block, self.residual.dtype)[:, :, 0, :rest])
@@ -103,11 +96,12 @@ class CompressedStates:
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
         """Replace each tensor by what `function` makes of it (another device, another order of the batch)."""
+        self.sinks = function(self.sinks)
         self.residual = function(self.residual)
         self.blocks = _map_blocks(function, self.blocks)
 
     def _join(self, states: Tensor) -> Tensor:
-        """Return ``[blocks, residual, states]`` along the tokens, each written once into one tensor."""
+        """Return ``[sinks, blocks, residual, states]`` along the tokens, each written into one tensor."""
         held = (*self.residual.shape[:2], self.residual.shape[3])
         if (*states.shape[:2], states.shape[3]) != held:
             raise ValueError(
@@ -116,12 +110,13 @@ class CompressedStates:
             )
         if self.num_tokens == 0:
             return states
-        end_of_blocks = self.num_blocks * BLOCK_SIZE
+        num_sinks = self.sinks.shape[2]
         full = states.new_empty(*states.shape[:2], self.num_tokens + states.shape[2], states.shape[3])
         for start, stop in self._pieces(self.num_blocks):
             tokens = self._quantizer.dequantize(_slice_blocks(self.blocks, start, stop), full.dtype)
-            full[:, :, start * BLOCK_SIZE : stop * BLOCK_SIZE] = tokens.flatten(2, 3)
-        full[:, :, end_of_blocks : self.num_tokens] = self.residual
+            full[:, :, num_sinks + start * BLOCK_SIZE : num_sinks + stop * BLOCK_SIZE] = tokens.flatten(2, 3)
+        full[:, :, :num_sinks] = self.sinks
+        full[:, :, self._end_of_blocks : self.num_tokens] = self.residual
         full[:, :, self.num_tokens :] = states
         return full
 

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from turboquant_core.packing import packed_size
 
 BLOCK_SIZE = 64
-"""Tokens that leave the residual together and share one mean per kv head."""
+"""Tokens that leave the residual together."""
+
+MEAN_SIZE = 32
+"""Tokens of a block that share one mean per kv head."""
 
 SUPPORTED_BITS = (2, 3, 4, 8)
 
 _NORM_BYTES = 2
-_MEAN_BYTES = 2
+_MEAN_STEP_BYTES = 2
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,8 @@ class KVCacheConfig:
         key_bits: Bits per code of a key: 2, 3, 4 or 8.
         value_bits: Bits per code of a value: 2, 3, 4 or 8.
         residual_length: Number of newest tokens that always stay in full precision.
+        num_sinks: Number of first tokens that stay in full precision; sliding windows, which lose sight
+            of them, have none.
         seed: Seed of the rotations.
 
     Raises:
@@ -32,6 +37,7 @@ class KVCacheConfig:
     key_bits: int = 4
     value_bits: int = 4
     residual_length: int = 128
+    num_sinks: int = 4
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -39,17 +45,19 @@ class KVCacheConfig:
             bits = getattr(self, name)
             if bits not in SUPPORTED_BITS:
                 raise ValueError(f"{name} must be 2, 3, 4 or 8, got {bits!r}")
-        if self.residual_length < 0:
-            raise ValueError(f"residual_length must not be negative, got {self.residual_length}")
+        for name in ("residual_length", "num_sinks"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 
     def bytes_per_token(self, key_head_dim: int, value_head_dim: int) -> float:
-        """Return the bytes of one compressed token in one kv head: codes, norms and block means."""
-        return _vector_bytes(key_head_dim, self.key_bits) + _vector_bytes(value_head_dim, self.value_bits)
+        """Return the bytes of one compressed token in one kv head: codes, norms and means."""
+        return vector_bytes(key_head_dim, self.key_bits) + vector_bytes(value_head_dim, self.value_bits)
 
     def bits_per_value(self, key_head_dim: int, value_head_dim: int) -> float:
         """Return the average bits that one number of a key or value takes, all overheads included."""
         return 8 * self.bytes_per_token(key_head_dim, value_head_dim) / (key_head_dim + value_head_dim)
 
 
-def _vector_bytes(head_dim: int, bits: int) -> float:
-    return packed_size(head_dim, bits) + _NORM_BYTES + _MEAN_BYTES * head_dim / BLOCK_SIZE
+def vector_bytes(head_dim: int, bits: int) -> float:
+    """Return the bytes of one compressed key or value in one kv head: codes, norm and its share of a mean."""
+    return packed_size(head_dim, bits) + _NORM_BYTES + (head_dim + _MEAN_STEP_BYTES) / MEAN_SIZE

@@ -7,7 +7,6 @@ its norm, is kept.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Literal, NamedTuple
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from turboquant_core.codebook import Codebook, check_dim, lloyd_max_codebook
+from turboquant_core.level_coder import level_coder
 from turboquant_core.packing import lookup, lookup_table, pack, packed_size
 from turboquant_core.rotation import gaussian_matrix, rotation_matrix
 
@@ -22,7 +22,6 @@ ScaleRule = Literal["least_squares", "norm_corrected", "unbiased"]
 
 _MAX_NORM = 65504.0  # the largest float16
 _TINY = 1e-12  # keeps the scale of a zero vector finite
-_NUM_HALVES = 1 << 16
 # Vectors are worked on in pieces so that temporaries stay small: 1 MB, which a CPU's cache holds (a third
 # faster on long prompts), or 64 MB, which keeps a GPU busy.
 _CPU_CHUNK_VALUES = 1 << 18
@@ -75,7 +74,7 @@ class TurboQuantMSE:
         self.bits = bits
         self.scale = scale
         self.rotation = rotation_matrix(dim, seed).to(device or "cpu")
-        self._tables = _tables(codebook, bits, self.rotation.device)
+        self._coder = level_coder(codebook, bits, self.rotation.device)
 
     @torch.no_grad()
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,10 +97,9 @@ class TurboQuantMSE:
         for chunk in _chunks(flat):
             unit, lengths = normalize(flat[chunk])
             rotated = unit @ self.rotation.T
-            indices = self._nearest(rotated)
-            levels = self._tables.levels.index_select(0, indices.view(-1)).view(rotated.shape)
+            indices = self._coder.nearest(rotated)
             codes[chunk] = pack(indices.to(torch.uint8), self.bits)
-            norms[chunk] = to_norms(lengths * self._scale_factor(rotated, levels))
+            norms[chunk] = to_norms(lengths * scale_factor(rotated, self._coder.levels(indices), self.scale))
         return codes.view(*x.shape[:-1], codes.shape[-1]), norms.view(x.shape[:-1])
 
     @torch.no_grad()
@@ -125,28 +123,9 @@ class TurboQuantMSE:
         flat_norms = norms.reshape(-1, 1)
         x = torch.empty(norms.numel(), self.dim, dtype=dtype, device=codes.device)
         for chunk in _chunks(x):
-            rotated = lookup(flat_codes[chunk], self._tables.lookup_table, self.dim, self.bits)
+            rotated = self._coder.unpack(flat_codes[chunk], self.dim)
             x[chunk] = (rotated @ self.rotation).mul_(flat_norms[chunk])
         return x.view(*norms.shape, self.dim)
-
-    def _nearest(self, rotated: Tensor) -> Tensor:
-        """Return codes, int32: the number of boundaries below each coordinate.
-
-        Rounding to float16 keeps order, so the float16 of a coordinate tells its code up to one comparison
-        with the first boundary whose float16 is not smaller. Ten times faster on a CPU than a binary
-        search.
-        """
-        halves = rotated.to(torch.float16).view(torch.int16).to(torch.int32).add_(_NUM_HALVES // 2)
-        codes = self._tables.first_codes.index_select(0, halves.view(-1))
-        codes += rotated.view(-1) > self._tables.boundaries.index_select(0, codes)
-        return codes.view(rotated.shape)
-
-    def _scale_factor(self, rotated: Tensor, levels: Tensor) -> Tensor:
-        projection = (rotated * levels).sum(-1).clamp_min_(_TINY)
-        energy = levels.square().sum(-1).clamp_min_(_TINY)
-        if self.scale == "least_squares":
-            return projection / energy
-        return energy.rsqrt() if self.scale == "norm_corrected" else projection.reciprocal()
 
 
 class ProdCodes(NamedTuple):
@@ -261,6 +240,24 @@ def normalize(x: Tensor) -> tuple[Tensor, Tensor]:
     return scaled.div_(lengths.clamp_min(1)), (peaks * lengths).float().squeeze(-1)
 
 
+def scale_factor(unit: Tensor, levels: Tensor, scale: ScaleRule) -> Tensor:
+    """Return what the lengths of vectors are multiplied by to become their norms.
+
+    Args:
+        unit: Rotated unit vectors, float32 ``[..., dim]``.
+        levels: Their levels, of the same shape.
+        scale: The rule, see :class:`TurboQuantMSE`.
+
+    Returns:
+        float32 ``[...]``.
+    """
+    projection = (unit * levels).sum(-1).clamp_min_(_TINY)
+    energy = levels.square().sum(-1).clamp_min_(_TINY)
+    if scale == "least_squares":
+        return projection / energy
+    return energy.rsqrt() if scale == "norm_corrected" else projection.reciprocal()
+
+
 def to_norms(lengths: Tensor) -> Tensor:
     """Round lengths to float16, clamped to its range; NaN stays NaN."""
     return lengths.clamp(max=_MAX_NORM).to(torch.float16)
@@ -280,20 +277,3 @@ def _chunks(vectors: Tensor) -> list[slice]:
     num_values = _CPU_CHUNK_VALUES if vectors.device.type == "cpu" else _GPU_CHUNK_VALUES
     size = max(1, num_values // dim)
     return [slice(start, start + size) for start in range(0, num_vectors, size)]
-
-
-class _Tables(NamedTuple):
-    levels: Tensor
-    lookup_table: Tensor
-    boundaries: Tensor  # with inf appended
-    first_codes: Tensor  # int32, the lowest code of every float16, in the order of its bits read as int16
-
-
-@functools.lru_cache(maxsize=64)
-def _tables(codebook: Codebook, bits: int, device: torch.device) -> _Tables:
-    levels = torch.tensor(codebook.centroids, dtype=torch.float32, device=device)
-    boundaries = torch.tensor([*codebook.boundaries, float("inf")], dtype=torch.float32, device=device)
-    patterns = torch.arange(-_NUM_HALVES // 2, _NUM_HALVES // 2, device=device).to(torch.int16)
-    rounded_boundaries = boundaries[:-1].to(torch.float16).float()
-    first_codes = torch.bucketize(patterns.view(torch.float16).float(), rounded_boundaries, out_int32=True)
-    return _Tables(levels, lookup_table(levels, bits), boundaries, first_codes)

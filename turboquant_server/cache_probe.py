@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from turboquant_core import TurboQuantCache
+from turboquant_core import TurboQuantCache, cache_argument
 
 # A prompt in two pieces, then two decode steps, as the engine goes about it. So few tokens stay in the
 # residual, uncompressed: the logits must be those without a cache but for rounding.
@@ -22,6 +23,8 @@ PROBE_PIECES = (5, 3, 1, 1)
 MAX_ERROR_FLOAT32 = 1e-3
 MAX_ERROR_16_BIT = 0.25
 NUM_MEASURED_TOKENS = 1024
+
+LayerStates = dict[int, tuple[Tensor, Tensor]]  # layer index: keys, values
 
 
 class UnsupportedCacheError(RuntimeError):
@@ -56,7 +59,7 @@ class CacheMeasurement:
     """A filled cache by the bytes of the tensors that it held.
 
     Attributes:
-        compressed: With codes, norms, block means and the uncompressed newest tokens.
+        compressed: With codes, norms, means and the uncompressed first and newest tokens.
         bf16: The same keys and values in bfloat16.
         bits_per_value: ``compressed.num_bytes`` over the numbers in these keys and values.
         bits_per_further_value: The same for the tokens beyond ``compressed.num_tokens``.
@@ -71,8 +74,8 @@ class CacheMeasurement:
 class _RecordingCache(TurboQuantCache):
     """Write down which layers give what to the cache."""
 
-    def __init__(self, bits: int, config: PreTrainedConfig) -> None:
-        super().__init__(bits, config=config)
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config=config)
         self.num_updates = 0
         self.states: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -85,22 +88,40 @@ class _RecordingCache(TurboQuantCache):
 
 
 @torch.inference_mode()
-def probe_cache(model: PreTrainedModel, bits: int, max_model_len: int) -> CacheMeasurement:
-    """Generate two tokens through a cache, compare with the model without one, and measure a filled cache.
+def check_cache(model: PreTrainedModel) -> LayerStates:
+    """Generate two tokens through a cache and compare with the model without one.
+
+    Returns:
+        The last key and value that each attention layer gave to the cache.
 
     Raises:
         UnsupportedCacheError: The model does not use a cache as it must, or its cache cannot be compressed.
     """
-    states = _check_generation(model, _RecordingCache(bits, model.config))
-    cache = TurboQuantCache(bits, config=model.config)
+    return _check_generation(model, _RecordingCache(model.config))
+
+
+@torch.inference_mode()
+def measure_cache(
+    open_cache: Callable[[], TurboQuantCache], states: LayerStates, max_model_len: int
+) -> CacheMeasurement:
+    """Fill a cache with random tokens and count what it takes.
+
+    Args:
+        open_cache: Returns an empty cache of the model.
+        states: Of the model, as `check_cache` returns them.
+        max_model_len: Most tokens of a request.
+    """
+    cache = open_cache()
     num_tokens = min(NUM_MEASURED_TOKENS, max_model_len)
     _fill(cache, states, num_tokens)
     first = cache.memory_footprint()
-    # Whole blocks more, so that the number of uncompressed tokens is the same again.
+    # Both times whole blocks more, so that the number of uncompressed tokens is the same again.
     _fill(cache, states, NUM_MEASURED_TOKENS)
     second = cache.memory_footprint()
-    growth = second.total_bytes - first.total_bytes
-    bf16_growth = second.bf16_bytes - first.bf16_bytes
+    _fill(cache, states, NUM_MEASURED_TOKENS)
+    third = cache.memory_footprint()
+    growth = third.total_bytes - second.total_bytes
+    bf16_growth = third.bf16_bytes - second.bf16_bytes
     return CacheMeasurement(
         compressed=CacheSize(num_tokens, first.total_bytes, growth / NUM_MEASURED_TOKENS),
         bf16=CacheSize(num_tokens, first.bf16_bytes, bf16_growth / NUM_MEASURED_TOKENS),
@@ -109,8 +130,7 @@ def probe_cache(model: PreTrainedModel, bits: int, max_model_len: int) -> CacheM
     )
 
 
-def _check_generation(model: PreTrainedModel, cache: _RecordingCache) -> dict[int, tuple[Tensor, Tensor]]:
-    """Return the last key and value that each attention layer gave to the cache."""
+def _check_generation(model: PreTrainedModel, cache: _RecordingCache) -> LayerStates:
     embeddings: Any = model.get_input_embeddings()
     num_tokens = sum(PROBE_PIECES)
     input_ids = torch.linspace(0, embeddings.num_embeddings - 1, num_tokens, device=model.device).long()[None]
@@ -118,7 +138,7 @@ def _check_generation(model: PreTrainedModel, cache: _RecordingCache) -> dict[in
         expected = model(input_ids=input_ids, use_cache=False).logits[0].double()
         logits = torch.cat(
             [
-                model(input_ids=piece, past_key_values=cache, use_cache=True).logits[0].double()
+                model(input_ids=piece, use_cache=True, **{cache_argument(model): cache}).logits[0].double()
                 for piece in input_ids.split(PROBE_PIECES, dim=1)
             ]
         )
@@ -145,7 +165,7 @@ def _check_generation(model: PreTrainedModel, cache: _RecordingCache) -> dict[in
     return cache.states
 
 
-def _fill(cache: TurboQuantCache, states: dict[int, tuple[Tensor, Tensor]], num_tokens: int) -> None:
+def _fill(cache: TurboQuantCache, states: LayerStates, num_tokens: int) -> None:
     """Add random tokens of the recorded shapes and dtypes to every layer."""
     for layer_idx, layer_states in states.items():
         keys, values = (

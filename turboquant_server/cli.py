@@ -113,6 +113,8 @@ def parse_config(argv: Sequence[str]) -> ServerConfig:
         return ServerConfig(**arguments)
     except ValidationError as error:
         finding = error.errors()[0]
+        if not finding["loc"]:  # about several fields
+            parser.error(finding["msg"])
         name = str(finding["loc"][0])
         source = _flag(name) if name in arguments else f"{ENV_PREFIX}{name.upper()}"
         message = finding["msg"]

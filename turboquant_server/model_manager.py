@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from turboquant_core import TurboQuantCache
-from turboquant_server.cache_probe import CacheMeasurement, UnsupportedCacheError, probe_cache
+from turboquant_server.cache_plan import CachePlan, plan_cache
+from turboquant_server.cache_probe import (
+    CacheMeasurement,
+    UnsupportedCacheError,
+    check_cache,
+    measure_cache,
+)
 from turboquant_server.engine.async_engine import AsyncEngine
 from turboquant_server.engine.engine import Engine
 from turboquant_server.engine.model_runner import ModelRunner
@@ -62,7 +68,11 @@ class ModelManager:
         source = self._config.model or DEMO_MODEL_NAME
         model, tokenizer, max_model_len = load_model(self._config)
         try:
-            self._measurement: CacheMeasurement = probe_cache(model, self._config.bits, max_model_len)
+            states = check_cache(model)
+            self._cache_plan: CachePlan = plan_cache(self._config, model, tokenizer, max_model_len)
+            self._measurement: CacheMeasurement = measure_cache(
+                lambda: self._cache_plan.open_cache(model), states, max_model_len
+            )
         except UnsupportedCacheError as error:
             raise ModelLoadError(
                 f"{source} cannot be served with a compressed KV cache: {error}; choose another --model"
@@ -90,7 +100,7 @@ class ModelManager:
 
     def open_cache(self) -> TurboQuantCache:
         """Return an empty compressed cache for one request."""
-        return TurboQuantCache(self._config.bits, config=self._model.config)
+        return self._cache_plan.open_cache(self._model)
 
     def unload(self) -> None:
         """Stop the engine and release the model's memory; requests in flight get EngineDeadError."""
@@ -108,7 +118,7 @@ class ModelManager:
             model=self._model,
             quantize=self._config.quantize,
             load_seconds=self._load_seconds,
-            bits=self._config.bits,
+            cache_plan=self._cache_plan,
             measurement=self._measurement,
             max_model_len=self.max_model_len,
         )

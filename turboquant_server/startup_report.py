@@ -9,6 +9,7 @@ from turboquant_server.memory import CPU_SHARE, CUDA_SHARE, free_memory
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from turboquant_server.cache_plan import CachePlan
     from turboquant_server.cache_probe import CacheMeasurement
 
 
@@ -17,7 +18,7 @@ def format_report(
     model: PreTrainedModel,
     quantize: str,
     load_seconds: float,
-    bits: int,
+    cache_plan: CachePlan,
     measurement: CacheMeasurement,
     max_model_len: int,
 ) -> str:
@@ -31,7 +32,7 @@ def format_report(
         model: On its device.
         quantize: How its weights were quantized on loading, or none.
         load_seconds: How long loading took.
-        bits: Bits of a code.
+        cache_plan: How the cache is compressed.
         measurement: Of this model's cache.
         max_model_len: Most tokens of a request.
     """
@@ -52,10 +53,11 @@ def format_report(
         "loaded in": f"{load_seconds:.1f} s",
         "context": f"{max_model_len:,} tokens",
         "KV cache": (
-            f"{bits}-bit codes, {measurement.bits_per_further_value:.3f} bits per value with norms and "
-            f"means; {measurement.bits_per_value:.2f} measured at {compressed.num_tokens:,} tokens, "
-            f"the newest in {dtype}"
+            f"{_format_bits(cache_plan)}, {measurement.bits_per_further_value:.3f} bits per value with norms "
+            f"and means; {measurement.bits_per_value:.2f} measured at {compressed.num_tokens:,} tokens, "
+            f"the first and the newest in {dtype}"
         ),
+        **_format_layers(cache_plan),
         "room for": (
             f"{_format_tokens(compressed.count_tokens(num_bytes))} tokens in {num_bytes / 2**30:.1f} GiB "
             f"({share}), against {_format_tokens(bf16.count_tokens(num_bytes))} in bfloat16"
@@ -63,6 +65,25 @@ def format_report(
     }
     width = max(map(len, lines)) + 2
     return "\n".join(f"{label:<{width}}{text}" for label, text in lines.items())
+
+
+def _format_bits(plan: CachePlan) -> str:
+    if plan.bit_plan:
+        return "codes of 2 to 8 bits by layer"
+    if plan.key_bits == plan.value_bits:
+        return f"{plan.key_bits}-bit codes"
+    return f"keys in {plan.key_bits}-bit codes, values in {plan.value_bits}-bit codes"
+
+
+def _format_layers(plan: CachePlan) -> dict[str, str]:
+    """Return a line of bits, layer by layer, for keys and one for values, if they have a plan."""
+    if not plan.bit_plan:
+        return {}
+    keys, values = zip(*(pair for _, pair in sorted(plan.bit_plan.layer_bits.items())), strict=True)
+    return {
+        "  key bits": " ".join(map(str, keys)),
+        "  value bits": f"{' '.join(map(str, values))}  (layers in order)",
+    }
 
 
 def _format_tokens(num_tokens: int | None) -> str:

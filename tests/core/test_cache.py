@@ -14,7 +14,7 @@ from tiny_models import ARCHITECTURES, BASE, STATEFUL, ExactBlocks, build
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from turboquant_core import BlockQuantizer, KVCacheConfig, TurboQuantCache, compressed_states
+from turboquant_core import TurboQuantCache, cache_layers, compressed_states
 
 SCENARIOS: dict[str, dict[str, Any]] = {
     "greedy": {"max_new_tokens": 12},
@@ -33,7 +33,7 @@ CASES = [
 @pytest.fixture
 def exact_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make blocks exact and 4 tokens long, so that a short prompt fills many."""
-    monkeypatch.setattr(compressed_states, "block_quantizer", lambda *_: ExactBlocks())
+    monkeypatch.setattr(cache_layers, "BlockQuantizer", ExactBlocks)
     monkeypatch.setattr(compressed_states, "BLOCK_SIZE", 4)
 
 
@@ -130,84 +130,33 @@ def llama() -> LlamaForCausalLM:
         return LlamaForCausalLM(config).eval()
 
 
-@pytest.mark.parametrize(("bits", "bound"), [(8, 0.01), (4, 0.15), (3, 0.3), (2, 0.6)])
-def test_logits_stay_near_those_of_dynamic_cache(llama: LlamaForCausalLM, bits: int, bound: float) -> None:
+@pytest.mark.parametrize(("bits", "bound"), [(8, 0.009), (4, 0.11), (3, 0.25), (2, 0.5)])
+@pytest.mark.parametrize("num_sinks", [0, 4])
+def test_logits_stay_near_those_of_dynamic_cache(
+    llama: LlamaForCausalLM, bits: int, bound: float, num_sinks: int
+) -> None:
     """RMS error of the logits after 300 tokens, most of them quantized, over the logits' RMS."""
     ids = torch.randint(3, 64, (2, 321), generator=torch.Generator().manual_seed(2))
     logits = []
-    for cache in (DynamicCache(), TurboQuantCache(bits, residual_length=0)):
+    for cache in (DynamicCache(), TurboQuantCache(bits, residual_length=0, num_sinks=num_sinks)):
         llama(ids[:, :300], past_key_values=cache)
         logits.append(llama(ids[:, 300:], past_key_values=cache).logits)
     error = (logits[1] - logits[0]).square().mean().sqrt() / logits[0].square().mean().sqrt()
     assert error < bound
 
 
-def test_8_bits_give_the_greedy_text_of_dynamic_cache(llama: LlamaForCausalLM) -> None:
-    ids = torch.randint(3, 64, (2, 200), generator=torch.Generator().manual_seed(2))
+@pytest.mark.parametrize("seed", [2, 5, 6])
+def test_8_bits_give_the_greedy_text_of_dynamic_cache(llama: LlamaForCausalLM, seed: int) -> None:
+    """Up to the first token that leads the second best by less than 1/20 of the logits' spread."""
+    ids = torch.randint(3, 64, (2, 200), generator=torch.Generator().manual_seed(seed))
     cache = TurboQuantCache(bits=8, residual_length=16, config=llama.config)
-    expected, _ = generate(llama, ids, torch.ones_like(ids), DynamicCache(), max_new_tokens=24)
+    expected, logits = generate(llama, ids, torch.ones_like(ids), DynamicCache(), max_new_tokens=24)
     got, _ = generate(llama, ids, torch.ones_like(ids), cache, max_new_tokens=24)
-    assert torch.equal(got, expected)
+    best, second = logits.topk(2).values.unbind(-1)  # [steps, batch]
+    is_clear = (best - second > logits.std() / 20).long().cumprod(0).bool().T
+    assert torch.equal(got[:, 200:][is_clear], expected[:, 200:][is_clear])
+    assert is_clear.sum() >= 24  # of 48
     assert cache.get_seq_length() == 223
-
-
-def tensors_of(thing: object, seen: set[int]) -> Iterator[Tensor]:
-    """Yield every tensor that can be reached from an object."""
-    if id(thing) in seen:
-        return
-    seen.add(id(thing))
-    if isinstance(thing, Tensor):
-        yield thing
-    elif isinstance(thing, dict):
-        for item in thing.values():
-            yield from tensors_of(item, seen)
-    elif isinstance(thing, (list, tuple)):
-        for item in thing:
-            yield from tensors_of(item, seen)
-    elif hasattr(thing, "__dict__"):
-        yield from tensors_of(vars(thing), seen)
-
-
-def storage_bytes(cache: TurboQuantCache) -> int:
-    """Sum the storages behind a cache's tensors: a small view of a large tensor counts as large."""
-    storages = {
-        x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors_of(cache, set())
-    }
-    return sum(storages.values())
-
-
-def test_footprint_at_4_bits_is_what_codes_norms_means_and_residual_take() -> None:
-    cache = TurboQuantCache(bits=4)
-    for layer_idx in range(3):
-        states = torch.randn(1, 2, 4096, 128, dtype=torch.bfloat16)
-        cache.update(states, states, layer_idx)
-    footprint = cache.memory_footprint()
-    heads = 3 * 2 * 2  # layers, kv heads, keys and values
-    assert footprint.compressed_bytes == heads * (4096 - 128) * (64 + 2 + 4)
-    assert footprint.residual_bytes == heads * 128 * 128 * 2
-    assert footprint.other_bytes == 0
-    assert footprint.bf16_bytes == heads * 4096 * 128 * 2
-    assert footprint.total_bytes == storage_bytes(cache)
-    assert footprint.bits_per_value == 8 * footprint.total_bytes / (heads * 4096 * 128)
-    assert footprint.compressed_bytes == (4096 - 128) * 3 * 2 * KVCacheConfig().bytes_per_token(128, 128)
-
-
-@pytest.mark.parametrize("architecture", ["llama", "gemma2", "falcon_h1"])
-def test_nothing_as_long_as_the_past_survives_a_step_but_codes(architecture: str) -> None:
-    """Neither a dequantized copy nor a view that keeps one alive, whatever happened to the cache."""
-    model = build(architecture)
-    cache = TurboQuantCache(bits=4, residual_length=16, config=model.config)
-    ids = torch.randint(3, 64, (2, 230), generator=torch.Generator().manual_seed(3))
-    model(ids[:, :200], past_key_values=cache)
-    for step in range(200, 230):
-        model(ids[:, step : step + 1], past_key_values=cache)
-    cache.reorder_cache(torch.tensor([1, 1]))
-    if architecture == "llama":
-        cache.crop(-60)
-        assert cache.get_seq_length() == 170
-    assert storage_bytes(cache) == cache.memory_footprint().total_bytes
-    longest = max(x.shape[2] for x in tensors_of(cache, set()) if x.dtype == torch.float32 and x.dim() == 4)
-    assert longest < 16 + 64
 
 
 def test_rows_of_the_batch_can_be_repeated_and_selected_in_every_kind_of_layer() -> None:
@@ -260,33 +209,6 @@ def test_layers_of_states_beside_keys_and_values_keep_their_number_of_states_and
     assert cache.layers[1].attention.sliding_window == 8
 
 
-def test_keys_keep_their_length_and_values_their_projection() -> None:
-    """The two scale rules that lose least in attention."""
-    states = torch.randn(1, 1, 64, 32, generator=torch.Generator().manual_seed(4))
-    cache = TurboQuantCache(bits=2, residual_length=0)
-    cache.update(states, states, 0)
-    got = cache.update(states[:, :, :0], states[:, :, :0], 0)
-    for x, scale in zip(got, ("norm_corrected", "unbiased"), strict=True):
-        quantizer = BlockQuantizer(32, 2, scale=scale)
-        torch.testing.assert_close(x, quantizer.dequantize(quantizer.quantize(states)))
-
-
 def test_a_cache_that_needs_the_config_says_so() -> None:
     with pytest.raises(ValueError, match=r"config=model\.config"):
         TurboQuantCache().update_conv_state(torch.zeros(1, 8, 4), 0, state_idx=1)
-
-
-def test_bits_are_checked_at_once_and_heads_below_16_at_the_first_forward() -> None:
-    with pytest.raises(ValueError, match="2, 3, 4 or 8"):
-        TurboQuantCache(bits=5)
-    cache = TurboQuantCache()
-    states = torch.zeros(1, 2, 3, 8)
-    with pytest.raises(ValueError, match="head_dim of at least 16"):
-        cache.update(states, states, 0)
-
-
-def test_key_and_value_bits_are_separate_and_default_to_bits() -> None:
-    cache = TurboQuantCache(8, value_bits=2, residual_length=0)
-    states = torch.randn(1, 1, 64, 32)
-    cache.update(states, states, 0)
-    assert cache.memory_footprint().compressed_bytes == 64 * (32 + 8 + 2 * (2 + 1))

@@ -14,7 +14,7 @@ from tiny_models import ExactBlocks
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from turboquant_core import KVCacheConfig, compressed_states
+from turboquant_core import KVCacheConfig, cache_layers, compressed_states
 from turboquant_core.cache_layers import TurboQuantHybridLayer, TurboQuantLayer, TurboQuantSlidingLayer
 
 # Numbers of new tokens, and how many of them a crop takes back: none, some or all.
@@ -25,7 +25,7 @@ STEPS = st.lists(st.tuples(st.integers(1, 11), st.floats(0, 1)), min_size=1, max
 def exact_small_blocks() -> Any:
     """Make blocks exact and 4 tokens long, so that any difference is one of the plumbing."""
     with (
-        patch.object(compressed_states, "block_quantizer", lambda *_: ExactBlocks()),
+        patch.object(cache_layers, "BlockQuantizer", ExactBlocks),
         patch.object(compressed_states, "BLOCK_SIZE", 4),
     ):
         yield
@@ -48,20 +48,23 @@ def assert_same_update(layer: TurboQuantLayer, stock: DynamicLayer, count: int) 
     assert layer.get_seq_length() == stock.get_seq_length()
 
 
-@settings(deadline=None, derandomize=True, max_examples=60)
-@given(STEPS, st.integers(0, 9))
+@settings(deadline=None, derandomize=True, max_examples=100)
+@given(STEPS, st.integers(0, 9), st.integers(0, 12))
 def test_full_attention_returns_what_the_stock_layer_returns(
-    steps: list[tuple[int, float]], residual_length: int
+    steps: list[tuple[int, float]], residual_length: int, num_sinks: int
 ) -> None:
-    layer, stock = TurboQuantLayer(KVCacheConfig(residual_length=residual_length)), DynamicLayer()
+    config = KVCacheConfig(residual_length=residual_length, num_sinks=num_sinks)
+    layer, stock = TurboQuantLayer(config), DynamicLayer()
     was_cropped = False
     for count, fraction in steps:
         assert_same_update(layer, stock, count)
-        num_exact = layer.states[0].residual.shape[2]
-        assert num_exact < residual_length + 4
-        # Only a crop, which takes the newest tokens, can leave less than residual_length beside blocks.
-        assert num_exact >= residual_length or was_cropped or layer.states[0].num_blocks == 0
-        num_cropped = int(fraction * min(stock.get_seq_length() - 1, 15))
+        for states in layer.states:
+            assert states.sinks.shape[2] == min(num_sinks, stock.get_seq_length())
+            num_exact = states.residual.shape[2]
+            assert num_exact < residual_length + 4
+            # Only a crop, which takes the newest tokens, can leave less than residual_length beside blocks.
+            assert num_exact >= residual_length or was_cropped or states.num_blocks == 0
+        num_cropped = int(fraction * min(stock.get_seq_length() - 1, 25))
         was_cropped |= num_cropped > 0
         layer.crop(-num_cropped)
         stock.crop(-num_cropped)
@@ -78,6 +81,7 @@ def test_sliding_window_returns_what_the_stock_layer_returns(
     for count, _ in steps:
         assert_same_update(layer, stock, count)
         for states in layer.states:
+            assert states.sinks.shape[2] == 0  # the first tokens leave the window
             assert states.num_tokens <= window - 1 + 3
 
 
@@ -141,6 +145,7 @@ def test_a_positive_crop_keeps_that_many_tokens() -> None:
 
 @pytest.mark.parametrize("window", [None, 30])
 def test_copies_moves_and_new_orders_of_the_batch_keep_every_token(window: int | None) -> None:
+    """The first, the quantized and the newest."""
     config = KVCacheConfig(residual_length=3)
     layer = TurboQuantLayer(config) if window is None else TurboQuantSlidingLayer(config, window)
     rows = torch.arange(3.0).view(3, 1, 1, 1)

@@ -6,28 +6,27 @@ import dataclasses
 
 import pytest
 
-from turboquant_core.config import KVCacheConfig
+from turboquant_core.config import KVCacheConfig, vector_bytes
 
 
 def test_defaults() -> None:
-    assert KVCacheConfig() == KVCacheConfig(key_bits=4, value_bits=4, residual_length=128, seed=0)
+    expected = KVCacheConfig(key_bits=4, value_bits=4, residual_length=128, num_sinks=4, seed=0)
+    assert KVCacheConfig() == expected
 
 
-@pytest.mark.parametrize(
-    ("bits", "bits_per_value"), [(2, 2.375), (3, 3.375), (4, 4.375), (8, 8.375)], ids=lambda value: str(value)
-)
-def test_norms_and_block_means_cost_three_eighths_of_a_bit_at_head_dim_128(
-    bits: int, bits_per_value: float
-) -> None:
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_norms_and_means_cost_three_eighths_of_a_bit_at_head_dim_128(bits: int) -> None:
+    """And a step for each mean, 0.004 bits."""
     config = KVCacheConfig(key_bits=bits, value_bits=bits)
-    assert config.bits_per_value(128, 128) == bits_per_value
-    assert config.bytes_per_token(128, 128) == 2 * (16 * bits + 2 + 4)
+    assert config.bits_per_value(128, 128) == bits + 0.37890625
+    assert config.bytes_per_token(128, 128) == 2 * (16 * bits + 2 + (128 + 2) / 32)
+    assert config.bytes_per_token(128, 128) == 2 * vector_bytes(128, bits)
 
 
 def test_keys_and_values_are_counted_apart() -> None:
     config = KVCacheConfig(key_bits=4, value_bits=3)
-    key_bytes = 192 * 4 / 8 + 2 + 2 * 192 / 64
-    value_bytes = 128 * 3 / 8 + 2 + 2 * 128 / 64
+    key_bytes = 192 * 4 / 8 + 2 + (192 + 2) / 32
+    value_bytes = 128 * 3 / 8 + 2 + (128 + 2) / 32
     assert config.bytes_per_token(192, 128) == key_bytes + value_bytes
     assert config.bits_per_value(192, 128) == 8 * (key_bytes + value_bytes) / 320
 
@@ -39,9 +38,10 @@ def test_other_bits_are_refused(name: str, bits: object) -> None:
         KVCacheConfig(**{name: bits})  # type: ignore[arg-type]
 
 
-def test_a_negative_residual_length_is_refused() -> None:
-    with pytest.raises(ValueError, match="residual_length must not be negative, got -1"):
-        KVCacheConfig(residual_length=-1)
+@pytest.mark.parametrize("name", ["residual_length", "num_sinks"])
+def test_a_negative_number_of_tokens_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must not be negative, got -1"):
+        KVCacheConfig(**{name: -1})  # type: ignore[arg-type]
 
 
 def test_a_configuration_cannot_change() -> None:

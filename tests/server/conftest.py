@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import socket
 import threading
 import time
@@ -42,6 +44,22 @@ class RunningServer:
             assert time.monotonic() - started < TIMEOUT, "the engine still holds requests"
             time.sleep(0.005)
         return time.monotonic() - started
+
+
+@pytest.fixture
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hide the TURBOQUANT_* variables of whoever runs the tests."""
+    for name in os.environ:
+        if name.upper().startswith("TURBOQUANT_"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def kept_signal_handler() -> Iterator[None]:
+    """Leave the process's own handler of SIGTERM in place, which the command replaces."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
 
 
 @contextlib.contextmanager

@@ -31,19 +31,7 @@ from turboquant_server.model_manager import ModelManager
 START_SECONDS = 60
 REPOSITORY = Path(__file__).resolve().parents[2]
 
-
-@pytest.fixture(autouse=True)
-def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in os.environ:
-        if name.upper().startswith("TURBOQUANT_"):
-            monkeypatch.delenv(name)
-
-
-@pytest.fixture
-def kept_signal_handler() -> Iterator[None]:
-    handler = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, handler)
+pytestmark = pytest.mark.usefixtures("no_variables")
 
 
 @pytest.fixture
@@ -152,6 +140,10 @@ def test_a_flag_beats_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
         ("--dtype fp8", ("--dtype", "'bfloat16'", "'fp8'")),
         ("--max-model-len 1", ("--max-model-len", "greater than or equal to 2")),
         ("--max_model_len x", ("--max-model-len", "'x'")),
+        ("--kv-bits 4", ("--kv-bits: input should be two of 2, 3, 4 and 8 with a comma", "'4'")),
+        ("--kv-budget-bits 0", ("--kv-budget-bits", "greater than 0", "'0'")),
+        ("--bits 4 --kv-bits 4,3", ("choose one of --bits and --kv-bits (",)),
+        ("--kv_bits 4,3 --kv_budget_bits 3.5", ("choose one of --kv-bits and --kv-budget-bits (",)),
         ("--served-model-name", ("--served-model-name", "at least one argument")),
         ("--frobnicate 1", ("unrecognized arguments", "--frobnicate")),
         ("--max-model 1", ("unrecognized arguments", "--max-model")),
@@ -173,6 +165,8 @@ def test_a_wrong_flag_ends_with_one_sentence(
         ("QUANTIZE", "int3"),
         ("TRUST_REMOTE_CODE", "maybe"),
         ("MAX_MODEL_LEN", "-1"),
+        ("KV_BITS", "4:3"),
+        ("KV_BUDGET_BITS", "few"),
     ],
 )
 def test_a_wrong_variable_ends_with_one_sentence_that_names_it(
@@ -181,6 +175,14 @@ def test_a_wrong_variable_ends_with_one_sentence_that_names_it(
     monkeypatch.setenv(f"TURBOQUANT_{name}", value)
     message = refusal(capsys)
     assert f"TURBOQUANT_{name}" in message and repr(value) in message
+
+
+def test_a_flag_and_a_variable_that_both_choose_bits_end_with_one_sentence(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TURBOQUANT_BITS", "4")
+    message = refusal(capsys, "--kv-budget-bits", "3.5")
+    assert "choose one of --bits and --kv-budget-bits (" in message
 
 
 @pytest.mark.usefixtures("kept_signal_handler")

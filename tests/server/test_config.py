@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 from typing import Any
 
 import pytest
@@ -12,18 +12,14 @@ from turboquant_core import config as core_config
 from turboquant_server import config as server_config
 from turboquant_server.config import ServerConfig
 
-
-@pytest.fixture(autouse=True)
-def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in os.environ:
-        if name.upper().startswith("TURBOQUANT_"):
-            monkeypatch.delenv(name)
+pytestmark = pytest.mark.usefixtures("no_variables")
 
 
 def test_the_defaults_serve_the_demo_model_to_this_machine_only() -> None:
     config = ServerConfig()
     assert config.model is None
     assert (config.host, config.port, config.bits) == ("127.0.0.1", 8000, 4)
+    assert (config.kv_bits, config.kv_budget_bits) == (None, None)
     assert (config.quantize, config.dtype, config.device, config.revision) == ("none", "auto", None, None)
     assert (config.max_model_len, config.served_model_name) == (None, ())
     assert config.trust_remote_code is False
@@ -49,6 +45,12 @@ def test_a_variable_beats_the_default_and_an_argument_beats_the_variable(
         ("SERVED_MODEL_NAME", " a  b ", ("a", "b")),
         ("QUANTIZE", "int4", "int4"),
         ("BITS", "", 4),
+        ("KV_BITS", "4,3", (4, 3)),
+        ("KV_BITS", " 8 , 2 ", (8, 2)),
+        ("KV_BITS", "", None),
+        ("KV_BUDGET_BITS", "3.5", 3.5),
+        ("KV_BUDGET_BITS", "4", 4.0),
+        ("KV_BUDGET_BITS", "", None),
     ],
 )
 def test_variables_are_read_as_their_field_says(
@@ -63,6 +65,22 @@ def test_variables_are_read_as_their_field_says(
     [
         {"bits": 5},
         {"bits": "four"},
+        {"kv_bits": "4"},
+        {"kv_bits": "4,"},
+        {"kv_bits": ",3"},
+        {"kv_bits": "4,3,2"},
+        {"kv_bits": "4,5"},
+        {"kv_bits": "1,4"},
+        {"kv_bits": "4;3"},
+        {"kv_bits": "4,three"},
+        {"kv_bits": ""},
+        {"kv_bits": (4,)},
+        {"kv_bits": (4, 16)},
+        {"kv_bits": (4, None)},
+        {"kv_budget_bits": 0},
+        {"kv_budget_bits": -3.5},
+        {"kv_budget_bits": "nan"},
+        {"kv_budget_bits": "few"},
         {"port": -1},
         {"port": 65536},
         {"quantize": "int3"},
@@ -80,6 +98,60 @@ def test_a_wrong_value_is_refused_by_its_name(arguments: dict[str, Any]) -> None
         ServerConfig(**arguments)
     assert caught.value.error_count() == 1
     assert caught.value.errors()[0]["loc"][0] == next(iter(arguments))
+
+
+@pytest.mark.parametrize("bits", ["4,3", "4, 3", (4, 3), [4, 3]], ids=str)
+def test_bits_of_keys_and_values_come_as_text_or_as_a_pair(bits: Any) -> None:
+    assert ServerConfig(kv_bits=bits).kv_bits == (4, 3)
+
+
+@pytest.mark.parametrize(("number", "budget"), [("3.5", 3.5), (3.5, 3.5), ("4", 4.0), (16, 16.0)])
+def test_a_budget_is_any_positive_number(number: Any, budget: float) -> None:
+    assert ServerConfig(kv_budget_bits=number).kv_budget_bits == budget
+
+
+CHOICES = {"bits": "4", "kv_bits": "4,3", "kv_budget_bits": "3.5"}
+PAIRS = list(itertools.permutations(CHOICES, 2))
+
+
+@pytest.mark.parametrize(("by_argument", "by_variable"), PAIRS)
+def test_only_one_way_to_choose_bits_is_taken(
+    monkeypatch: pytest.MonkeyPatch, by_argument: str, by_variable: str
+) -> None:
+    both = {by_argument: CHOICES[by_argument], by_variable: CHOICES[by_variable]}
+    flags = " and ".join("--" + name.replace("_", "-") for name in CHOICES if name in both)
+    with pytest.raises(ValidationError) as by_arguments:
+        ServerConfig(**both)
+    monkeypatch.setenv(f"TURBOQUANT_{by_variable.upper()}", CHOICES[by_variable])
+    with pytest.raises(ValidationError) as by_either:
+        ServerConfig(**{by_argument: CHOICES[by_argument]})
+    monkeypatch.setenv(f"TURBOQUANT_{by_argument.upper()}", CHOICES[by_argument])
+    with pytest.raises(ValidationError) as by_variables:
+        ServerConfig()
+    for caught in (by_arguments, by_either, by_variables):
+        (finding,) = caught.value.errors()
+        assert finding["msg"] == f"choose one of {flags}"
+
+
+def test_a_choice_is_one_even_where_it_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TURBOQUANT_BITS", "4")
+    with pytest.raises(ValidationError, match="choose one of --bits and --kv-bits"):
+        ServerConfig(kv_bits="4,4")
+
+
+def test_nothing_is_no_choice() -> None:
+    assert ServerConfig(bits=3, kv_bits=None, kv_budget_bits=None).bits == 3
+
+
+@pytest.mark.parametrize("bits", [4, 4.0])
+def test_one_number_is_no_pair_of_bits(bits: Any) -> None:
+    with pytest.raises(ValidationError, match="two of 2, 3, 4 and 8"):
+        ServerConfig(kv_bits=bits)
+
+
+def test_an_empty_variable_chooses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TURBOQUANT_BITS", "")
+    assert ServerConfig(kv_bits="4,3").kv_bits == (4, 3)
 
 
 def test_a_config_does_not_change() -> None:

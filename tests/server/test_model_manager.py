@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import gc
 import weakref
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from turboquant_server.engine.sampling_params import SamplingParams
 from turboquant_server.model_manager import ModelLoadError, ModelManager, find_eos_token_ids
 
 GREEDY = SamplingParams(max_tokens=30, temperature=0)
+IGNORING_EOS = SamplingParams(max_tokens=30, temperature=0, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +101,9 @@ def test_each_cache_is_new_and_of_the_configured_bits(tiny_model_dir: Path, bits
         states = torch.randn(1, 2, 320, 64)
         first.update(states, states, 0)
         assert (first.get_seq_length(), second.get_seq_length()) == (320, 0)
-        # 192 tokens are compressed; each vector has 64 codes, a norm of 2 bytes and a share of the mean.
-        assert first.memory_footprint().compressed_bytes == 192 * 2 * 2 * (8 * bits + 2 + 2)
+        # The first 4 tokens stay exact, and at least the newest 128: 2 blocks of 64 are between. Each vector
+        # has 64 codes, a norm of 2 bytes and a 32nd of a mean: 64 bytes and its step's 2.
+        assert first.memory_footprint().compressed_bytes == 128 * 2 * 2 * (8 * bits + 2 + 66 / 32)
         assert f"{bits}-bit codes" in manager.startup_report()
     finally:
         manager.unload()
@@ -112,10 +115,56 @@ def test_the_report_names_the_model_and_what_its_cache_takes(
     lines = manager.startup_report().splitlines()
     assert lines[0] == f"model      {tiny_model_dir} (llama, 471K parameters, float32 on cpu)"
     assert lines[2] == "context    2,048 tokens"
-    # 7/8 take 4 bits, a 64th of a 16-bit norm and of a 16-bit mean; 1/8, the newest 128, are float32.
-    assert "7.94 measured at 1,024 tokens" in lines[3]
-    assert "4.500 bits per value" in lines[3]
+    # 13 blocks take 4 bits, a 64th of a 16-bit norm and a 32nd of the bits of a mean, 8 and a 64th of 16; the
+    # first 4 tokens and the newest 188 are float32.
+    compressed_bits = 4 + 16 / 64 + (8 + 16 / 64) / 32
+    assert f"{compressed_bits:.3f} bits per value" in lines[3]
+    assert f"{(13 * 64 * compressed_bits + 192 * 32) / 1024:.2f} measured at 1,024 tokens" in lines[3]
     assert len(lines) == 5
+
+
+def test_keys_and_values_get_bits_of_their_own(tiny_model_dir: Path) -> None:
+    manager = ModelManager(ServerConfig(model=str(tiny_model_dir), device="cpu", kv_bits="4,3"))
+    manager.load()
+    try:
+        cache = manager.open_cache()
+        cache.update(torch.randn(1, 2, 320, 64), torch.randn(1, 2, 320, 64), 0)
+        assert [states.blocks.codes.shape[-1] for states in cache.layers[0].states] == [32, 24]
+        assert "keys in 4-bit codes, values in 3-bit codes, 4.008 bits per value" in manager.startup_report()
+    finally:
+        manager.unload()
+
+
+def test_a_server_with_a_budget_answers_within_it(tiny_model_dir: Path) -> None:
+    manager = ModelManager(ServerConfig(model=str(tiny_model_dir), device="cpu", kv_budget_bits=3.6))
+    manager.load()
+    try:
+        prompt = manager.tokenizer.encode("The access code of the harbour is") * 60
+        assert len(prompt) > 300  # longer than what stays uncompressed
+        assert len(asyncio.run(generate(manager, prompt, IGNORING_EOS))) == 30
+        cache = manager.open_cache()
+        for layer_idx in (0, 1):
+            cache.update(torch.randn(1, 2, 320, 64), torch.randn(1, 2, 320, 64), layer_idx)
+        spent = cache.memory_footprint().bits_per_compressed_value
+        # 8 bits more for one part of the 4 would not fit; anything less would have been bought.
+        assert 3.6 - 8 / 4 < spent <= 3.6
+        lines = manager.startup_report().splitlines()
+        assert f"codes of 2 to 8 bits by layer, {spent:.3f} bits per value" in lines[3]
+        widths = [[int(word) for word in line.split()[2:4]] for line in lines[4:6]]
+        codes = [[states.blocks.codes.shape[-1] // 8 for states in layer.states] for layer in cache.layers]
+        assert codes == [list(pair) for pair in zip(*widths, strict=True)]
+    finally:
+        manager.unload()
+
+
+def test_requests_share_the_memory_of_the_transforms(manager: ModelManager) -> None:
+    measured = manager._cache_plan.transforms
+    assert set(measured) == {0, 1}
+    for cache in (manager.open_cache(), copy.deepcopy(manager.open_cache()), manager.open_cache()):
+        for layer_idx, transforms in measured.items():
+            cache.update(torch.randn(1, 2, 320, 64), torch.randn(1, 2, 320, 64), layer_idx)
+            used = [states._quantizer.transform for states in cache.layers[layer_idx].states]
+            assert used[0] is transforms.keys and used[1] is transforms.values
 
 
 def test_names_are_those_of_the_flag_or_the_models_own() -> None:
@@ -150,11 +199,14 @@ def test_a_model_whose_cache_cannot_be_compressed_is_refused(
     assert sentence.endswith("; choose another --model")
 
 
-def test_a_gpu_that_the_weights_fill_is_told(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("step", ["check_cache", "plan_cache", "measure_cache"])
+def test_a_gpu_that_the_weights_fill_is_told(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
     def out_of_memory(*args: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("turboquant_server.model_manager.probe_cache", out_of_memory)
+    monkeypatch.setattr(f"turboquant_server.model_manager.{step}", out_of_memory)
     with pytest.raises(ModelLoadError, match="leaves no memory for a cache on cpu; try --quantize"):
         ModelManager(ServerConfig(model=str(tiny_model_dir), device="cpu")).load()
 

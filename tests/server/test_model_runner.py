@@ -78,6 +78,24 @@ def test_a_model_without_logits_to_keep_gives_the_same_token(
     assert run(Wrapped(tiny_model, forward), request_) == expected_token(tiny_model)
 
 
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_the_cache_comes_by_the_name_that_the_model_has_for_it(
+    tiny_model: PreTrainedModel, request_: Request, name: str
+) -> None:
+    given = []
+
+    def with_cache(*, cache: Any = None, **options: Any) -> Any:
+        given.append(cache)
+        return tiny_model(past_key_values=cache, **options)
+
+    def with_past_key_values(*, past_key_values: Any = None, **options: Any) -> Any:
+        return with_cache(cache=past_key_values, **options)
+
+    forward = with_cache if name == "cache" else with_past_key_values
+    assert run(Wrapped(tiny_model, forward), request_) == expected_token(tiny_model)
+    assert given == [request_.cache]
+
+
 def test_no_graph_for_gradients_is_kept(tiny_model: PreTrainedModel, request_: Request) -> None:
     run(tiny_model, request_)
     assert isinstance(request_.cache, DynamicCache)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from turboquant_core import cache_argument
 from turboquant_server.engine.request import Request, RequestFailedError
 from turboquant_server.engine.sampler import INVALID_TOKEN_ID, sample
 from turboquant_server.engine.scheduler import ScheduledBatch
@@ -30,6 +31,7 @@ class ModelRunner:
         # Only the last position's logits are needed; a long chunk's would take more memory than its cache.
         takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._forward_options = {"logits_to_keep": 1} if takes_logits_to_keep else {}
+        self._cache_argument = cache_argument(model)
 
     def run(self, batch: ScheduledBatch) -> list[int | RequestFailedError | None]:
         """Compute one step.
@@ -69,10 +71,10 @@ class ModelRunner:
         input_ids = torch.tensor([request.token_ids[start:end]], device=self._model.device)
         outputs = self._model(
             input_ids=input_ids,
-            past_key_values=request.cache,
             use_cache=True,
             return_dict=True,
             **self._forward_options,
+            **{self._cache_argument: request.cache},
         )
         request.num_computed_tokens = end
         if end < request.num_tokens:
