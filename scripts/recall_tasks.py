@@ -1,9 +1,9 @@
-"""Token sequences that teach and test recall: facts planted in a text and asked for at its end.
+"""Token sequences that teach recall: facts planted in a text and asked for at its end.
 
 `SequenceMaker` mixes plain text with made-up tasks (planted facts with questions, the same as a chat,
-key-value lists, copying, small talk) for `train_demo_model.py`; `planted_prompt` makes the retrieval
-prompts that `evaluate_quality.py` asks. Everything is drawn from one numpy generator, so a seed fixes it.
-This file knows nothing of models. It has more than 300 lines because one maker has a method for each task.
+key-value lists, copying, small talk) for `train_demo_model.py`; the prompts that `evaluate_quality.py` asks
+are in `recall_prompts.py`. Everything is drawn from one numpy generator, so a seed fixes it. This file knows
+nothing of models. It has more than 300 lines because one maker has a method for each task.
 """
 
 from __future__ import annotations
@@ -321,33 +321,3 @@ class SequenceMaker:
             parts += [(question, QUESTION_WEIGHT), (reply, TEXT_WEIGHT)]
             size += len(question) + len(reply)
         return parts
-
-
-def planted_prompt(
-    rng: Generator, tokenizer: Tokenizer, text: list[int], num_tokens: int, depth: float, chat: bool
-) -> tuple[list[int], list[int]]:
-    """Hides an access code in a text and asks for it.
-
-    Args:
-        text: tokens of a haystack, at least `num_tokens` of them.
-        num_tokens: length of the prompt, exactly.
-        depth: where the fact stands, from 0 (start) to 1 (end).
-        chat: in the chat format, else as plain text.
-
-    Returns:
-        The token ids of the prompt, and those of the answer: six digits, in plain text after a space.
-    """
-    name, code = made_up_word(rng).capitalize() + " " + made_up_word(rng).capitalize(), number(rng, 6)
-    question = f"What is the access code of {name}?"
-    head = tokenizer.encode(f"{TURN_START}user\n" if chat else "").ids
-    fact = tokenizer.encode(f" The access code of {name} is {code}.").ids
-    ask = (
-        f"\n\n{question}{TURN_END}\n{TURN_START}assistant\n" if chat else f"\n\nQuestion: {question}\nAnswer:"
-    )
-    tail = tokenizer.encode(ask).ids
-    room = num_tokens - len(head) - len(fact) - len(tail)
-    cut = round(depth * room)
-    while 0 < cut < room and not tokenizer.id_to_token(text[cut]).startswith("Ġ"):
-        cut += 1
-    prompt = [*head, *text[:cut], *fact, *text[cut:room], *tail]
-    return prompt, tokenizer.encode(code if chat else " " + code).ids

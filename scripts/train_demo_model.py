@@ -29,7 +29,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from demo_text import VOCABULARY, collect_text, tokenize, train_tokenizer
-from evaluate_quality import evaluate, table
+from evaluate_quality import evaluate, open_cache_factory
+from quality_table import table
 from recall_tasks import (
     ANSWER_WEIGHT,
     LONG_MIX,
@@ -43,6 +44,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
+from transformers import AutoTokenizer
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, FFN = 384, 6, 6, 2, 128, 1024
 ROPE_THETA, MAX_POSITIONS, NORM_EPS = 1e6, 8192, 1e-6
@@ -322,7 +324,9 @@ def main() -> None:
     weights, run = train(maker, args.steps, args.max_seconds, args.seed, device)
     log("trained")
     model = export(weights, tokenizer, held_out, args.out).to(device)
-    result = evaluate(model, tokenizer, held_out, ["bf16"], MAX_POSITIONS, samples=50)
+    fast = AutoTokenizer.from_pretrained(args.out)
+    caches = {"bf16": open_cache_factory("bf16", model, fast, MAX_POSITIONS)}
+    result = evaluate(model, fast, held_out, caches, context=MAX_POSITIONS)
     print(table(result))
     parameters = sum(p.numel() for p in weights.values())
     text_tokens = sum(map(len, streams))
