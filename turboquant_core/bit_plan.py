@@ -19,17 +19,16 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from turboquant_core.block_quantizer import BlockQuantizer
+from turboquant_core.block_quantizer import KEY_SCALE, VALUE_SCALE, BlockQuantizer
 from turboquant_core.cache import cache_argument
 from turboquant_core.codebook import MIN_DIM
 from turboquant_core.config import BLOCK_SIZE, SUPPORTED_BITS, KVCacheConfig, vector_bytes
-from turboquant_core.quantizer import ScaleRule
 from turboquant_core.transform import LayerTransforms
 
 NUM_PREDICTED = 64
 """Tokens of each window that are predicted from those before, most of them quantized."""
 
-_SCALES: dict[str, ScaleRule] = {"keys": "norm_corrected", "values": "unbiased"}
+_SCALES = {"keys": KEY_SCALE, "values": VALUE_SCALE}
 # Of the squared error: at 8 bits .000042 of the squared length, at 4 bits .0081 (head_dim 128).
 _ERROR_OF_8_OVER_4_BITS = 0.0052
 _ROUNDING = 1e-9  # of sums of bits

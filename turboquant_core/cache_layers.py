@@ -18,7 +18,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from turboquant_core.block_quantizer import BlockQuantizer
+from turboquant_core.block_quantizer import KEY_SCALE, VALUE_SCALE, BlockQuantizer
 from turboquant_core.codebook import MIN_DIM
 from turboquant_core.compressed_states import CompressedStates
 from turboquant_core.config import KVCacheConfig
@@ -56,8 +56,8 @@ class TurboQuantLayer(CacheLayerMixin):
         config, transforms = self._config, self._transforms or (None, None)
         self.dtype, self.device = key_states.dtype, key_states.device
         self.states = (
-            self._empty_states(key_states, config.key_bits, "norm_corrected", transforms[0]),
-            self._empty_states(value_states, config.value_bits, "unbiased", transforms[1]),
+            self._empty_states(key_states, config.key_bits, KEY_SCALE, transforms[0]),
+            self._empty_states(value_states, config.value_bits, VALUE_SCALE, transforms[1]),
         )
         self.is_initialized = True
 

@@ -97,7 +97,7 @@ def _sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_mode
     """
     is_large = model.device.type == "cpu" and model.num_parameters() > LARGE_FOR_A_CPU
     num_windows, num_tokens = SMALL_SAMPLE_SHAPE if is_large else SAMPLE_SHAPE
-    prefix = _tokens_before_a_text(tokenizer)
+    prefix = tokens_before_a_text(tokenizer)
     # Not verbose: tokenizers warn of texts that are longer than a prompt may be.
     text = SAMPLE_TEXT.read_text("utf-8")
     token_ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -107,7 +107,7 @@ def _sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_mode
     return torch.tensor(windows, device=model.device)
 
 
-def _tokens_before_a_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def tokens_before_a_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return what the tokenizer puts in front of a text by itself, such as a token for its beginning."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
