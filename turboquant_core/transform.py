@@ -102,11 +102,12 @@ def balanced(moment: Tensor, query_moment: Tensor | None, seed: int) -> Transfor
     dim = moment.shape[-1]
     moment = _normalized(moment)
     if query_moment is None:
-        product = _power(moment, -0.5)
+        (root,) = _powers(moment, -0.25)
     else:
-        root, inverse_root = _power(moment, 0.5), _power(moment, -0.5)
-        product = inverse_root @ _power(root @ _normalized(query_moment) @ root, 0.5) @ inverse_root
-    matrix = rotation_matrix(dim, seed).double() @ _power(product, 0.5)
+        half, inverse_half = _powers(moment, 0.5, -0.5)
+        (middle,) = _powers(half @ _normalized(query_moment) @ half, 0.5)
+        (root,) = _powers(inverse_half @ middle @ inverse_half, 0.5)
+    matrix = rotation_matrix(dim, seed).double() @ root
     # As long after the transform as before, so that norms keep their range.
     lengths = (matrix @ moment @ matrix.mT).diagonal(dim1=-2, dim2=-1).mean(-1)
     matrix = matrix / lengths.sqrt()[:, None, None]
@@ -121,9 +122,8 @@ def _normalized(moment: Tensor) -> Tensor:
     return (scaled + scaled.mT) / 2 + _FLOOR * identity
 
 
-def _power(matrix: Tensor, exponent: float) -> Tensor:
-    """Return a power of symmetric positive definite matrices."""
+def _powers(matrix: Tensor, *exponents: float) -> list[Tensor]:
+    """Return powers of symmetric positive definite matrices."""
     eigenvalues, eigenvectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
-    powers = eigenvalues.clamp_min(torch.finfo(matrix.dtype).tiny) ** exponent
-    power: Tensor = (eigenvectors * powers.unsqueeze(-2)) @ eigenvectors.mT
-    return power
+    positive = eigenvalues.clamp_min(torch.finfo(matrix.dtype).tiny)
+    return [(eigenvectors * (positive**e).unsqueeze(-2)) @ eigenvectors.mT for e in exponents]

@@ -194,17 +194,20 @@ def test_a_plan_is_what_an_independent_measurement_makes_best(
         chosen = {part: plan.layer_bits[part.layer_idx][part.name == "values"] for part in table}
         assert plan.bits_per_value == pytest.approx(8 * cost(table, chosen) / num_values)
         assert plan.bits_per_value <= budget
-        # That of 8 bits is an estimate in the plan: 0.0052 of 4 bits'.
-        measured = sum(table[part][bits].divergence for part, bits in chosen.items() if bits < 8)
-        estimated = sum(0.0052 * table[part][4].divergence for part, bits in chosen.items() if bits == 8)
-        assert plan.divergence == pytest.approx(measured + estimated, rel=0.02)
+        # The plan measures 3 bits; the others follow from the quantizer's squared error.
+        errors = {2: 0.1175, 3: 0.032, 4: 0.0081, 8: 0.000042}
+        expected = sum(table[part][3].divergence * errors[bits] / errors[3] for part, bits in chosen.items())
+        assert plan.divergence == pytest.approx(expected, rel=0.02)
         assert loss(table, chosen) <= 1.1 * least_loss(table, budget * num_values / 8)
     assert len({str(plan.layer_bits) for plan in plans.values()}) == len(plans)
 
 
-def test_what_eight_bits_cost_is_rightly_estimated_from_four(tiny_model: PreTrainedModel) -> None:
+def test_divergences_go_with_the_squared_error(tiny_model: PreTrainedModel) -> None:
     for options in independent_table(tiny_model, token_ids(2, 384, 300)).values():
-        assert 0.003 < options[8].divergence / options[4].divergence < 0.012
+        three = options[3].divergence
+        assert 2.5 < options[2].divergence / three < 5
+        assert 0.17 < options[4].divergence / three < 0.4
+        assert 0.0006 < options[8].divergence / three < 0.004
 
 
 def compressed_layers(model: PreTrainedModel, layers: Iterable[int]) -> set[int]:

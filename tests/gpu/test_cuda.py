@@ -17,7 +17,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from turboquant_core import BlockQuantizer, TurboQuantCache, TurboQuantMSE
+from turboquant_core import BlockQuantizer, TurboQuantCache, TurboQuantMSE, measure_transforms
 from turboquant_server.config import ServerConfig
 from turboquant_server.engine.sampling_params import SamplingParams
 from turboquant_server.model_manager import ModelManager
@@ -60,6 +60,20 @@ def test_cuda_blocks_dequantize_as_on_the_cpu(bits: int) -> None:
     blocks = quantizer.quantize(x)
     on_gpu = type(blocks)(*(tensor.cuda() for tensor in blocks))
     torch.testing.assert_close(quantizer.dequantize(on_gpu).cpu(), quantizer.dequantize(blocks))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_cuda_blocks_are_the_cpu_blocks_under_measured_transforms(bits: int) -> None:
+    model = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
+    input_ids = torch.randint(3, 4000, (1, 512), generator=torch.Generator().manual_seed(0))
+    transforms = measure_transforms(model.cuda(), input_ids.cuda())
+    x = torch.randn(2, 2, 4, 64, 128, generator=torch.Generator().manual_seed(0))
+    for layer in transforms.values():
+        quantizer = BlockQuantizer(128, bits, scale="norm_corrected", transform=layer.keys)
+        cpu, gpu = quantizer.quantize(x), quantizer.quantize(x.cuda())
+        assert (cpu.codes != gpu.codes.cpu()).float().mean() < 1e-3
+        exact, restored = (quantizer.dequantize(blocks).cpu() for blocks in (cpu, gpu))
+        assert (restored - exact).norm() < 0.01 * exact.norm()
 
 
 def _held_bytes(model: LlamaForCausalLM, prompt: torch.Tensor, cache: Cache) -> int:
@@ -129,7 +143,7 @@ def test_the_server_answers_on_cuda_with_an_8b_model_of_random_weights(tmp_path:
     AutoTokenizer.from_pretrained(DEMO).save_pretrained(tmp_path)
     del model
     torch.cuda.empty_cache()
-    manager = ModelManager(ServerConfig(model=str(tmp_path), bits=4))
+    manager = ModelManager(ServerConfig(model=str(tmp_path), kv_budget_bits=3.5))
     manager.load()
     try:
         print(manager.startup_report())
