@@ -58,7 +58,8 @@ class TurboQuantCache(Cache):
         layer_bits: The bits of keys and values of single layers, by the layer's index.
         residual_length: Number of newest tokens that always stay in full precision.
         num_sinks: Number of first tokens that do. Models send much of their attention there, where a small
-            error of a value counts for all tokens; sliding windows have none.
+            error of a value counts for all tokens; sliding windows have none, and in a left-padded batch a
+            row's padding counts as first.
         transforms: What keys and values are multiplied by before they are quantized, by the layer's index;
             rotations by default.
         config: The model's configuration.
