@@ -72,8 +72,9 @@ def test_cuda_blocks_are_the_cpu_blocks_under_measured_transforms(bits: int) -> 
         quantizer = BlockQuantizer(128, bits, scale="norm_corrected", transform=layer.keys)
         cpu, gpu = quantizer.quantize(x), quantizer.quantize(x.cuda())
         assert (cpu.codes != gpu.codes.cpu()).float().mean() < 1e-3
-        exact, restored = (quantizer.dequantize(blocks).cpu() for blocks in (cpu, gpu))
-        assert (restored - exact).norm() < 0.01 * exact.norm()
+        # Where two trial lengths are as good, rounding decides between them: other codes, the same error.
+        error, gpu_error = ((quantizer.dequantize(blocks).cpu() - x).norm() for blocks in (cpu, gpu))
+        torch.testing.assert_close(gpu_error, error, rtol=1e-4, atol=0)
 
 
 def _held_bytes(model: LlamaForCausalLM, prompt: torch.Tensor, cache: Cache) -> int:
