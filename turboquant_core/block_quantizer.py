@@ -36,14 +36,30 @@ _INT8_MAX = 127
 _GROUPS = (BLOCK_SIZE // MEAN_SIZE, MEAN_SIZE)
 
 
+class EncodedBlocks(NamedTuple):
+    """Hold what is kept of blocks with leading shape ``[...]``, one code a byte.
+
+    Attributes:
+        codes: uint8 ``[..., 64, dim]``; 8 bits are the bytes of int8 numbers.
+        norms: float16 ``[..., 64]``.
+        means: int8 ``[..., 2, dim]``, one for each 32 tokens, of the transformed vectors.
+        mean_steps: float16 ``[..., 2]``; a mean is its int8 numbers times its step.
+    """
+
+    codes: Tensor
+    norms: Tensor
+    means: Tensor
+    mean_steps: Tensor
+
+
 class QuantizedBlocks(NamedTuple):
-    """Hold what is stored of blocks with leading shape ``[...]``.
+    """Hold what is stored of blocks with leading shape ``[...]``: as :class:`EncodedBlocks`, codes packed.
 
     Attributes:
         codes: uint8 ``[..., 64, packed_size(dim, bits)]``.
         norms: float16 ``[..., 64]``.
-        means: int8 ``[..., 2, dim]``, one for each 32 tokens, of the transformed vectors.
-        mean_steps: float16 ``[..., 2]``; a mean is its int8 numbers times its step.
+        means: int8 ``[..., 2, dim]``.
+        mean_steps: float16 ``[..., 2]``.
     """
 
     codes: Tensor
@@ -83,9 +99,14 @@ class BlockQuantizer:
         if self.transform.dim != dim:
             raise ValueError(f"the transform is for dim {self.transform.dim}, not {dim}")
 
-    @torch.no_grad()
     def quantize(self, x: Tensor) -> QuantizedBlocks:
-        """Quantize whole blocks.
+        """Quantize whole blocks; arguments and errors are those of `encode`."""
+        codes, *rest = self.encode(x)
+        return QuantizedBlocks(pack(codes, self.bits), *rest)
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> EncodedBlocks:
+        """Quantize whole blocks and leave it to the caller how codes lie in bytes.
 
         Args:
             x: ``[..., num_heads, num_blocks, 64, dim]``, any floating-point type, any strides; with a
@@ -106,7 +127,7 @@ class BlockQuantizer:
         means, mean_steps = _quantized_means(y)
         centred = y.sub_(_to_means(means, mean_steps).unsqueeze(-2)).flatten(-3, -2)
         codes, norms = self._quantize_centred(centred)
-        return QuantizedBlocks(codes, norms, means, mean_steps)
+        return EncodedBlocks(codes, norms, means, mean_steps)
 
     @torch.no_grad()
     def dequantize(self, blocks: QuantizedBlocks, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -136,7 +157,7 @@ class BlockQuantizer:
         return level_coder(e4m3_codebook(self.dim, self.bits), self.bits, device)
 
     def _quantize_centred(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Return packed codes and norms of transformed vectors ``[..., dim]``."""
+        """Return codes and norms of transformed vectors ``[..., dim]``."""
         unit, lengths = normalize(y)
         if self.bits == 8:
             peaks = unit.abs().amax(-1)
@@ -154,7 +175,7 @@ class BlockQuantizer:
             codes = trial.where((cosine > best).unsqueeze(-1), codes)
             best = torch.maximum(cosine, best)
         norms = to_norms(lengths * scale_factor(unit, coder.levels(codes), self.scale))
-        return pack(codes.to(torch.uint8), self.bits), norms
+        return codes.to(torch.uint8), norms
 
 
 def _cosine(unit: Tensor, levels: Tensor) -> Tensor:

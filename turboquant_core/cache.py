@@ -262,7 +262,8 @@ class TurboQuantCache(Cache):
 def cache_argument(model: nn.Module) -> str:
     """Return what a model's forward calls its cache: ``cache`` since transformers 5.24."""
     parameters = inspect.signature(model.forward).parameters
-    return "cache" if "cache" in parameters else "past_key_values"
+    names = ("cache", "cache_params", "past_key_values")
+    return next((name for name in names if name in parameters), names[-1])
 
 
 def _attention(layer: Any) -> TurboQuantLayer | None:

@@ -46,6 +46,10 @@ class Transform:
         """Invert `apply`."""
         return _multiply(y, self._on(y.device)[1])
 
+    def apply_to_queries(self, queries: Tensor) -> Tensor:
+        """Return ``A^-T q``, whose products with transformed vectors are those of q with the vectors."""
+        return _multiply(queries, self._on(queries.device)[1].mT)
+
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if device not in self._pairs:
             matrix, inverse = next(iter(self._pairs.values()))

@@ -286,4 +286,4 @@ def test_no_tensor_of_the_pass_stays_alive(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(alive) >= 2 * 2 * 5 + 2  # of two windows and two layers
     assert [ref() for ref in alive if ref() is not None] == []
     assert len(transforms) == 2
-    assert not [name for name in ALL_ATTENTION_FUNCTIONS if "turboquant" in name]
+    assert not [name for name in ALL_ATTENTION_FUNCTIONS if "watched" in name]

@@ -1,0 +1,163 @@
+"""What one step of the engine asks of the store: positions and block tables as lists and tensors.
+
+Made once a step from the requests' caches and read by every layer. Knows no keys and values.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from turboquant_core.config import BLOCK_SIZE
+from turboquant_core.request_cache import RequestCache, Visibility
+from turboquant_core.timeline import Timeline
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens of one request that are computed together: queries that see the same blocks.
+
+    Attributes:
+        cache: The request's.
+        start: Position of the first token.
+        end: Position after the last token: of a prompt's chunk ``timeline.chunk_end(start, num_prompt_tokens)``,
+            of generated tokens at most that.
+        num_prompt_tokens: Of the request.
+    """
+
+    cache: RequestCache
+    start: int
+    end: int
+    num_prompt_tokens: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Count the tokens."""
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class BlockRange:
+    """Blocks that a chunk reads.
+
+    Attributes:
+        ids: Block ids, in order of their tokens.
+        start: Position of their first token.
+    """
+
+    ids: list[int]
+    start: int
+
+
+def visible_blocks(chunk: Chunk, group: int, visibility: Visibility, timeline: Timeline) -> BlockRange:
+    """Return the blocks of a group that at least one query of a chunk sees."""
+    num_blocks = timeline.num_visible_blocks(chunk.start, chunk.num_prompt_tokens)
+    first = max(0, visibility.first_visible(chunk.start) - timeline.num_sinks) // BLOCK_SIZE
+    ids = [_existing(block_id) for block_id in chunk.cache.block_tables[group][first:num_blocks]]
+    return BlockRange(ids, timeline.num_sinks + min(first, num_blocks) * BLOCK_SIZE)
+
+
+def new_blocks(chunk: Chunk, group: int, timeline: Timeline) -> tuple[int, list[int]]:
+    """Return the index of the first block that is made once a chunk is computed, and the ids of all."""
+    first = timeline.num_blocks(chunk.start, chunk.num_prompt_tokens)
+    last = timeline.num_blocks(chunk.end, chunk.num_prompt_tokens)
+    return first, [_existing(block_id) for block_id in chunk.cache.block_tables[group][first:last]]
+
+
+def _existing(block_id: int | None) -> int:
+    assert block_id is not None, "a step needs a block that its request does not hold"
+    return block_id
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """One new token for each of several requests, as one group of layers sees it.
+
+    Attributes:
+        slots: int64 ``[batch]``.
+        slot_rows: The same as an index; a slice, which copies nothing, where they follow each other.
+        exact_indices: int64 ``[batch]``, where in its slot each new token goes.
+        exact_mask: bool ``[batch, num_exact]``, which tokens of the slot the new one sees, itself included.
+        block_ids: int64 ``[num_blocks]``, the blocks that requests see, one request after another.
+        owners: int64 ``[num_blocks]``, row in the batch of each block's request.
+        block_mask: bool ``[num_blocks, 64]``, which of their tokens are seen; None stands for all.
+        new_block_ids: int64 ``[num_new]``, blocks that become due with these tokens.
+        new_owners: int64 ``[num_new]``, row in the batch of each.
+        new_starts: int64 ``[num_new]``, where in the slot the block's first token lies.
+    """
+
+    slots: Tensor
+    slot_rows: Tensor | slice
+    exact_indices: Tensor
+    exact_mask: Tensor
+    block_ids: Tensor
+    owners: Tensor
+    block_mask: Tensor | None
+    new_block_ids: Tensor
+    new_owners: Tensor
+    new_starts: Tensor
+
+
+def plan_decode(
+    chunks: Sequence[Chunk], group: int, visibility: Visibility, timeline: Timeline, device: torch.device
+) -> DecodePlan:
+    """Return the plan for chunks of one token each."""
+    positions = torch.tensor([chunk.start for chunk in chunks]).unsqueeze(1)
+    first_visible = torch.tensor([visibility.first_visible(chunk.start) for chunk in chunks]).unsqueeze(1)
+    ranges = [visible_blocks(chunk, group, visibility, timeline) for chunk in chunks]
+    num_visible = [timeline.num_visible_blocks(chunk.start, chunk.num_prompt_tokens) for chunk in chunks]
+    exact_start = timeline.num_sinks + BLOCK_SIZE * torch.tensor(num_visible).unsqueeze(1)
+    held = _exact_positions(positions, timeline)
+    is_sink = torch.arange(timeline.num_exact) < timeline.num_sinks
+    exact_mask = (held <= positions) & (held >= first_visible) & (is_sink | (held >= exact_start))
+
+    block_mask = None
+    if visibility != Visibility():
+        starts = [blocks.start + BLOCK_SIZE * index for blocks in ranges for index in range(len(blocks.ids))]
+        first = [
+            limit
+            for limit, blocks in zip(first_visible[:, 0].tolist(), ranges, strict=True)
+            for _ in blocks.ids
+        ]
+        tokens = torch.tensor(starts, dtype=torch.int64).unsqueeze(1) + torch.arange(BLOCK_SIZE)
+        block_mask = (tokens >= torch.tensor(first, dtype=torch.int64).unsqueeze(1)).to(device)
+    due = [
+        (row, block_id, timeline.exact_index(timeline.num_sinks + BLOCK_SIZE * (first_index + offset)))
+        for row, chunk in enumerate(chunks)
+        for first_index, ids in [new_blocks(chunk, group, timeline)]
+        for offset, block_id in enumerate(ids)
+    ]
+
+    def integers(values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=device)
+
+    slots = [chunk.cache.slot for chunk in chunks]
+    follow_each_other = slots == list(range(slots[0], slots[0] + len(slots)))
+    return DecodePlan(
+        slots=integers(slots),
+        slot_rows=slice(slots[0], slots[-1] + 1) if follow_each_other else integers(slots),
+        exact_indices=integers([timeline.exact_index(chunk.start) for chunk in chunks]),
+        exact_mask=exact_mask.to(device),
+        block_ids=integers(list(itertools.chain.from_iterable(blocks.ids for blocks in ranges))),
+        owners=integers([row for row, blocks in enumerate(ranges) for _ in blocks.ids]),
+        block_mask=block_mask,
+        new_block_ids=integers([block_id for _, block_id, _ in due]),
+        new_owners=integers([row for row, _, _ in due]),
+        new_starts=integers([start for _, _, start in due]),
+    )
+
+
+def _exact_positions(positions: Tensor, timeline: Timeline) -> Tensor:
+    """Return the position of the token in each place of a slot once `positions` are written, newest first.
+
+    Places that nothing was written to yet get positions above the newest, or of sinks and below.
+    """
+    places = torch.arange(timeline.num_exact)
+    in_ring = places - timeline.num_sinks
+    newest = positions - timeline.num_sinks
+    ring = timeline.num_sinks + newest - (newest - in_ring) % timeline.ring_size
+    return torch.where(in_ring < 0, places, ring)
