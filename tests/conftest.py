@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from server_process import running_server
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tiny_tokenizer import VOCAB_SIZE, build_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -20,15 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-TOKENIZER_TEXT = ["The access code of the harbour is 123456. What is the access code of the harbour?"] * 4
 ROOT = Path(__file__).resolve().parents[1]
-VOCAB_SIZE = 300  # 3 special tokens, 256 bytes, 41 merges
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -42,29 +34,6 @@ def kept_default_dtype() -> Iterator[None]:
     """Fail a test that leaves torch's default dtype changed."""
     yield
     assert torch.get_default_dtype() is torch.float32
-
-
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE tokenizer with ChatML's tokens and template; any text round-trips."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special_tokens = [
-        AddedToken(text, normalized=False, special=True)
-        for text in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-    ]
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=special_tokens,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(TOKENIZER_TEXT, trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
-    )
-    fast.chat_template = CHAT_TEMPLATE
-    return fast
 
 
 @pytest.fixture(scope="session")

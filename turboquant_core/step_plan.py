@@ -24,8 +24,8 @@ class Chunk:
     Attributes:
         cache: The request's.
         start: Position of the first token.
-        end: Position after the last token: of a prompt's chunk ``timeline.chunk_end(start, num_prompt_tokens)``,
-            of generated tokens at most that.
+        end: Position after the last token: ``timeline.chunk_end(start, num_prompt_tokens)``, or less if the
+            tokens are generated.
         num_prompt_tokens: Of the request.
     """
 

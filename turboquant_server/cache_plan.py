@@ -14,7 +14,20 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from turboquant_core import BitPlan, LayerTransforms, TurboQuantCache, measure_transforms, plan_bits
+from turboquant_core import (
+    KEY_SCALE,
+    VALUE_SCALE,
+    BitPlan,
+    BlockCodec,
+    BlockQuantizer,
+    LayerShape,
+    LayerTransforms,
+    StoreLayer,
+    measure_transforms,
+    plan_bits,
+    rotation,
+)
+from turboquant_server.attention_check import ModelAttention, UnsupportedModelError
 from turboquant_server.load_error import ModelLoadError
 
 if TYPE_CHECKING:
@@ -47,15 +60,40 @@ class CachePlan:
     bit_plan: BitPlan | None = None
     transforms: Mapping[int, LayerTransforms] = field(default_factory=dict)
 
-    def open_cache(self, model: PreTrainedModel) -> TurboQuantCache:
-        """Return an empty cache."""
-        return TurboQuantCache(
-            key_bits=self.key_bits,
-            value_bits=self.value_bits,
-            layer_bits=self.bit_plan.layer_bits if self.bit_plan else None,
-            transforms=self.transforms,
-            config=model.config,
-        )
+    def store_layers(self, attention: ModelAttention) -> dict[int, StoreLayer]:
+        """Return what a store keeps of each layer.
+
+        Raises:
+            UnsupportedModelError: A layer's heads are too small to be compressed.
+        """
+        return {
+            index: StoreLayer(
+                self._codec(index, shape),
+                shape.num_kv_heads,
+                shape.key_dim,
+                shape.value_dim,
+                attention.group_of(index),
+            )
+            for index, shape in attention.shapes.items()
+        }
+
+    def _codec(self, layer_idx: int, shape: LayerShape) -> BlockCodec:
+        bits = self.key_bits, self.value_bits
+        if self.bit_plan:
+            bits = self.bit_plan.layer_bits.get(layer_idx, bits)
+        transforms = self.transforms.get(layer_idx, LayerTransforms(None, None))
+        dims = shape.key_dim, shape.value_dim
+        try:
+            return BlockCodec(
+                *(
+                    BlockQuantizer(dim, width, scale=scale, transform=transform or rotation(dim, 0))
+                    for dim, width, scale, transform in zip(
+                        dims, bits, (KEY_SCALE, VALUE_SCALE), transforms, strict=True
+                    )
+                )
+            )
+        except ValueError as error:
+            raise UnsupportedModelError(f"its heads are too small ({error})") from error
 
 
 def plan_cache(

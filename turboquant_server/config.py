@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -10,6 +11,12 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 ENV_PREFIX = "TURBOQUANT_"
 SUPPORTED_BITS = (2, 3, 4, 8)
+# Of these, one may be given.
+CHOICES = (
+    ("bits", "kv_bits", "kv_budget_bits"),
+    ("kv_cache_memory", "gpu_memory_utilization"),
+    ("kv_cache_memory", "vram_limit"),
+)
 
 Text = Annotated[str, Field(min_length=1)]
 
@@ -58,7 +65,41 @@ class ServerConfig(BaseSettings):
     max_model_len: int | None = Field(
         None,
         ge=2,
-        description="most tokens of prompt and answer together (default: what the model was made for)",
+        description="most tokens of prompt and answer together, such as 4096 or 32k (32768); auto is what "
+        "the model was made for or what the cache's memory holds, whichever is less (default: auto)",
+    )
+    gpu_memory_utilization: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        allow_inf_nan=False,
+        description="share of the GPU's memory that weights, cache and scratch may take; on a CPU, share of "
+        "what is available beside the weights (default: 0.9; on a CPU 0.5)",
+    )
+    vram_limit: int | None = Field(
+        None,
+        gt=0,
+        description="most bytes of a GPU that weights, cache and scratch take, such as 10GiB or 10GB; "
+        "does nothing on a CPU (default: no limit)",
+    )
+    kv_cache_memory: int | None = Field(
+        None,
+        gt=0,
+        description="bytes of the cache, such as 10GiB or 10GB, in place of --gpu-memory-utilization and "
+        "--vram-limit (default: what those leave)",
+    )
+    max_num_seqs: int | None = Field(
+        None,
+        ge=1,
+        description="most requests that run at a time (default: what the memory allows, at most 256)",
+    )
+    max_num_batched_tokens: int = Field(
+        2048,
+        ge=1024,  # the longest part of a prompt that has to be read in one step has 643
+        description="most prompt tokens that one step reads, at least 1024",
+    )
+    no_prefix_caching: bool = Field(
+        False, description="read each prompt anew, even where an earlier one began with the same tokens"
     )
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
     served_model_name: Annotated[tuple[Text, ...], NoDecode] = Field(
@@ -90,6 +131,35 @@ class ServerConfig(BaseSettings):
             )
         return tuple(int(part) for part in parts)
 
+    @field_validator("max_model_len", mode="before")
+    @classmethod
+    def _parse_length(cls, length: Any) -> Any:
+        if not isinstance(length, str):
+            return length
+        if length.strip() == "auto":
+            return None
+        match = re.fullmatch(r"(\d+)(k?)", length.strip(), re.IGNORECASE)
+        if match is None:
+            raise PydanticCustomError(
+                "no_length", "Input should be a number of tokens such as 4096 or 32k, or auto"
+            )
+        return int(match[1]) * (1024 if match[2] else 1)
+
+    @field_validator("vram_limit", "kv_cache_memory", mode="before")
+    @classmethod
+    def _parse_size(cls, size: Any) -> Any:
+        if not isinstance(size, str):
+            return size
+        match = re.fullmatch(r"(\d+)(?:([KMGT])(i?)B)?", size.strip(), re.IGNORECASE)
+        if match is None:
+            raise PydanticCustomError(
+                "no_size",
+                "Input should be a number of bytes, or of a unit from KiB to TiB or KB to TB, such as 10GiB",
+            )
+        number, prefix, binary = match.groups()
+        power = "KMGT".index(prefix.upper()) + 1 if prefix else 0
+        return int(number) * (1024 if binary else 1000) ** power
+
     @field_validator("served_model_name", mode="before")
     @classmethod
     def _split_names(cls, names: Any) -> Any:
@@ -97,10 +167,11 @@ class ServerConfig(BaseSettings):
         return tuple(names.split()) if isinstance(names, str) else names
 
     @model_validator(mode="after")
-    def _check_one_choice_of_bits(self) -> ServerConfig:
-        names = [name for name in ("bits", "kv_bits", "kv_budget_bits") if name in self.model_fields_set]
-        chosen = [name for name in names if getattr(self, name) is not None]
-        if len(chosen) > 1:
-            flags = " and ".join("--" + name.replace("_", "-") for name in chosen)
-            raise PydanticCustomError("two_choices", "choose one of {flags}", {"flags": flags})
+    def _check_choices(self) -> ServerConfig:
+        for names in CHOICES:
+            given = [name for name in names if name in self.model_fields_set]
+            chosen = [name for name in given if getattr(self, name) is not None]
+            if len(chosen) > 1:
+                flags = " and ".join("--" + name.replace("_", "-") for name in chosen)
+                raise PydanticCustomError("two_choices", "choose one of {flags}", {"flags": flags})
         return self

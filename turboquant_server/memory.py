@@ -1,4 +1,4 @@
-"""How much memory a device has to spare. Knows no model."""
+"""How much memory of a device a server may take, and how much it takes. Knows no model."""
 
 from __future__ import annotations
 
@@ -6,19 +6,38 @@ from pathlib import Path
 
 import torch
 
-# Of what is free now: a GPU is ours but for the activations; a machine's memory is shared.
+# Where the user says nothing: a GPU is ours; a machine's memory is shared.
 CUDA_SHARE = 0.9
 CPU_SHARE = 0.5
 CGROUP = Path("/sys/fs/cgroup")  # version 2: inside a container, the container's own
 
 
-def free_memory(device: torch.device) -> int:
-    """Return the bytes that a server may plan with: 90% of a GPU's free memory, half of a machine's."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        free_bytes, _ = torch.cuda.mem_get_info(device)
-        return int(free_bytes * CUDA_SHARE)
-    return int(_available_bytes() * CPU_SHARE)
+def memory_budget(
+    device: torch.device, utilization: float | None = None, vram_limit: int | None = None
+) -> int:
+    """Return the bytes that this process may take on a device.
+
+    On a GPU they count what the process holds already, such as weights, but not CUDA's own context. On a CPU
+    they come on top of it.
+
+    Args:
+        device: CPU or GPU.
+        utilization: Share of the GPU's memory, or of what is available on the machine now; 0.9 and 0.5 by
+            default.
+        vram_limit: Most bytes on a GPU; a CPU knows no such limit.
+    """
+    if device.type != "cuda":
+        return int(_available_bytes() * (CPU_SHARE if utilization is None else utilization))
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    # What the process holds is not free; other processes may hold a part as well.
+    reachable = free_bytes + torch.cuda.memory_reserved(device)
+    budget = min(reachable, int(total_bytes * (CUDA_SHARE if utilization is None else utilization)))
+    return budget if vram_limit is None else min(budget, vram_limit)
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Return the bytes of `memory_budget` that tensors take: none on a CPU, whose budget leaves them out."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def _available_bytes() -> int:

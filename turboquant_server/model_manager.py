@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import copy
 import gc
+import logging
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from turboquant_core import TurboQuantCache
-from turboquant_server.cache_plan import CachePlan, plan_cache
-from turboquant_server.cache_probe import (
-    CacheMeasurement,
-    UnsupportedCacheError,
-    check_cache,
-    measure_cache,
-)
+from turboquant_core import RequestCache, use_paged_attention, use_plain_attention
+from turboquant_server.attention_check import UnsupportedModelError, find_attention
+from turboquant_server.cache_memory import build_store, open_manager, size_cache
+from turboquant_server.cache_plan import plan_cache
+from turboquant_server.cache_size import TIMELINE, format_bytes
 from turboquant_server.engine.async_engine import AsyncEngine
 from turboquant_server.engine.engine import Engine
 from turboquant_server.engine.model_runner import ModelRunner
@@ -33,6 +32,8 @@ if TYPE_CHECKING:
 __all__ = ["ModelLoadError", "ModelManager"]
 
 DEMO_MODEL_NAME = "turboquant-demo"
+
+logger = logging.getLogger(__name__)
 
 
 class ModelManager:
@@ -68,12 +69,19 @@ class ModelManager:
         source = self._config.model or DEMO_MODEL_NAME
         model, tokenizer, max_model_len = load_model(self._config)
         try:
-            states = check_cache(model)
-            self._cache_plan: CachePlan = plan_cache(self._config, model, tokenizer, max_model_len)
-            self._measurement: CacheMeasurement = measure_cache(
-                lambda: self._cache_plan.open_cache(model), states, max_model_len
+            attention = find_attention(model, tokenizer, max_model_len)
+            use_plain_attention(model)
+            self._cache_plan = plan_cache(self._config, model, tokenizer, max_model_len)
+            if attention.is_paged:
+                use_paged_attention(model)
+            layers = self._cache_plan.store_layers(attention)
+            self._cache_size = size_cache(self._config, model, tokenizer, attention, layers, max_model_len)
+            self._cache_manager = open_manager(
+                attention, self._cache_size, caches_prefixes=not self._config.no_prefix_caching
             )
-        except UnsupportedCacheError as error:
+            self.max_model_len = self._fit(source, max_model_len)
+            store, states = build_store(attention, layers, self._cache_size, model.dtype, model.device)
+        except UnsupportedModelError as error:
             raise ModelLoadError(
                 f"{source} cannot be served with a compressed KV cache: {error}; choose another --model"
             ) from error
@@ -82,31 +90,68 @@ class ModelManager:
                 f"{source} leaves no memory for a cache on {model.device}; "
                 "try --quantize int8 or int4, or a smaller model"
             ) from error
-        self.max_model_len: int = max_model_len
         self.tokenizer: PreTrainedTokenizerBase = tokenizer
         self._model: PreTrainedModel = model
         embeddings: Any = model.get_input_embeddings()
         engine = Engine(
-            Scheduler(self.open_cache),
-            ModelRunner(model),
+            Scheduler(
+                self.open_cache, TIMELINE, self._config.max_num_batched_tokens, one_shot=attention.one_shot
+            ),
+            ModelRunner(model, store, states, is_paged=attention.is_paged),
             # Fast tokenizers must not be shared between threads.
             copy.deepcopy(tokenizer),
             find_eos_token_ids(model, tokenizer),
             vocab_size=embeddings.num_embeddings,
-            max_model_len=max_model_len,
+            max_model_len=self.max_model_len,
         )
         self.engine = AsyncEngine(engine)
         self.engine.start()
 
-    def open_cache(self) -> TurboQuantCache:
-        """Return an empty compressed cache for one request."""
-        return self._cache_plan.open_cache(self._model)
+    def _fit(self, source: str, max_model_len: int) -> int:
+        """Return how many tokens of a request the cache holds, if that is less than the model was made for.
+
+        Raises:
+            ModelLoadError: It is less than --max-model-len.
+        """
+        longest = self._cache_manager.max_tokens
+        if longest >= max_model_len:
+            return max_model_len
+        room = format_bytes(self._cache_size.num_bytes)
+        if self._config.max_model_len is not None:
+            raise ModelLoadError(
+                f"--max-model-len {max_model_len} does not fit: the cache of {room} holds {longest} tokens "
+                f"of a request; give {longest} or less, more memory, fewer --bits or a smaller --max-num-seqs"
+            )
+        logger.warning(
+            "a request may have %s tokens, as many as the cache of %s holds; %s was made for %s",
+            f"{longest:,}",
+            room,
+            source,
+            f"{max_model_len:,}",
+        )
+        return longest
+
+    def open_cache(
+        self, token_ids: Sequence[int], num_prompt_tokens: int, salt: bytes = b""
+    ) -> RequestCache | None:
+        """Return a compressed cache for one request, or None while there is no room for it.
+
+        Args:
+            token_ids: What the request has to compute.
+            num_prompt_tokens: How many of them are its prompt.
+            salt: Only requests with the same one share blocks.
+        """
+        return self._cache_manager.open(token_ids, num_prompt_tokens, salt)
+
+    def check_integrity(self) -> None:
+        """Raise an AssertionError if blocks or slots do not add up; for an engine that is at rest."""
+        self._cache_manager.check_integrity()
 
     def unload(self) -> None:
         """Stop the engine and release the model's memory; requests in flight get EngineDeadError."""
         self.is_ready = False
         self.engine.shutdown()
-        del self.engine, self._model, self.tokenizer
+        del self.engine, self._model, self.tokenizer, self._cache_manager, self._cache_plan
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -119,7 +164,7 @@ class ModelManager:
             quantize=self._config.quantize,
             load_seconds=self._load_seconds,
             cache_plan=self._cache_plan,
-            measurement=self._measurement,
+            cache_size=self._cache_size,
             max_model_len=self.max_model_len,
         )
 

@@ -1,16 +1,16 @@
-"""The lines that a server prints when it is ready: what it loaded, and what its cache takes."""
+"""The lines that a server prints when it is ready: what it loaded, and what its cache holds."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from turboquant_server.memory import CPU_SHARE, CUDA_SHARE, free_memory
+from turboquant_server.cache_size import TIMELINE, format_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from turboquant_server.cache_plan import CachePlan
-    from turboquant_server.cache_probe import CacheMeasurement
+    from turboquant_server.cache_size import CacheSize
 
 
 def format_report(
@@ -19,13 +19,10 @@ def format_report(
     quantize: str,
     load_seconds: float,
     cache_plan: CachePlan,
-    measurement: CacheMeasurement,
+    cache_size: CacheSize,
     max_model_len: int,
 ) -> str:
-    """Return aligned lines about a loaded model.
-
-    The tokens that fit are those of one request: keys and values with everything that their compressed form
-    carries beside the codes. The weights are in memory already; activations are not counted.
+    """Return aligned lines about a loaded model and its cache.
 
     Args:
         name: What clients call the model.
@@ -33,18 +30,11 @@ def format_report(
         quantize: How its weights were quantized on loading, or none.
         load_seconds: How long loading took.
         cache_plan: How the cache is compressed.
-        measurement: Of this model's cache.
+        cache_size: What it holds.
         max_model_len: Most tokens of a request.
     """
     dtype = str(model.dtype).removeprefix("torch.")
     weights = "" if quantize == "none" else f"weights in {quantize}, "
-    num_bytes = free_memory(model.device)
-    share = (
-        f"{CUDA_SHARE:.0%} of the GPU's free memory"
-        if model.device.type == "cuda"
-        else f"{CPU_SHARE:.0%} of the available memory"
-    )
-    compressed, bf16 = measurement.compressed, measurement.bf16
     lines = {
         "model": (
             f"{name} ({model.config.model_type}, {_format_count(model.num_parameters())} parameters, "
@@ -52,19 +42,35 @@ def format_report(
         ),
         "loaded in": f"{load_seconds:.1f} s",
         "context": f"{max_model_len:,} tokens",
-        "KV cache": (
-            f"{_format_bits(cache_plan)}, {measurement.bits_per_further_value:.3f} bits per value with norms "
-            f"and means; {measurement.bits_per_value:.2f} measured at {compressed.num_tokens:,} tokens, "
-            f"the first and the newest in {dtype}"
-        ),
-        **_format_layers(cache_plan),
-        "room for": (
-            f"{_format_tokens(compressed.count_tokens(num_bytes))} tokens in {num_bytes / 2**30:.1f} GiB "
-            f"({share}), against {_format_tokens(bf16.count_tokens(num_bytes))} in bfloat16"
-        ),
+        **_format_cache(cache_plan, cache_size, dtype),
+        "requests": _format_requests(cache_size, max_model_len),
     }
     width = max(map(len, lines)) + 2
     return "\n".join(f"{label:<{width}}{text}" for label, text in lines.items())
+
+
+def _format_cache(plan: CachePlan, size: CacheSize, dtype: str) -> dict[str, str]:
+    memory = format_bytes(size.num_bytes)
+    if not size.groups:
+        return {"KV cache": "none, only states of recurrent layers", "memory": f"{memory} of states"}
+    return {
+        "KV cache": (
+            f"{_format_bits(plan)}, {size.bits_per_value:.3f} bits per value; a request's first "
+            f"{TIMELINE.num_sinks} and newest {TIMELINE.residual_length} tokens stay {dtype}"
+        ),
+        **_format_layers(plan),
+        "memory": (
+            f"{memory} for {size.num_tokens:,} tokens; in bfloat16 it would hold {size.num_bf16_tokens:,}"
+        ),
+    }
+
+
+def _format_requests(size: CacheSize, max_model_len: int) -> str:
+    if size.num_slots == 1:
+        return "one at a time"
+    num_long = size.count_requests(max_model_len)
+    long = "even" if num_long == size.num_slots else f"{num_long:,}"
+    return f"up to {size.num_slots:,} at a time, {long} of full context"
 
 
 def _format_bits(plan: CachePlan) -> str:
@@ -84,10 +90,6 @@ def _format_layers(plan: CachePlan) -> dict[str, str]:
         "  key bits": " ".join(map(str, keys)),
         "  value bits": f"{' '.join(map(str, values))}  (layers in order)",
     }
-
-
-def _format_tokens(num_tokens: int | None) -> str:
-    return "any number of" if num_tokens is None else f"{num_tokens:,}"
 
 
 def _format_count(number: int) -> str:

@@ -11,19 +11,22 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import architectures
 import httpx
 import pytest
 import uvicorn
 from openai import OpenAI
 
+from turboquant_server import cache_plan
 from turboquant_server.app import build_app
 from turboquant_server.config import ServerConfig
 from turboquant_server.model_manager import ModelManager
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+    from transformers import PreTrainedTokenizerFast
 
 TIMEOUT = 20
 MODEL_NAME = "tiny"
@@ -37,13 +40,22 @@ class RunningServer:
     model_manager: ModelManager
 
     def wait_until_idle(self) -> float:
-        """Wait until the engine holds no request; return the seconds that it took."""
+        """Wait until the engine holds no request and no block; return the seconds that it took."""
         started = time.monotonic()
         engine = self.model_manager.engine
         while engine.num_running or engine.num_waiting:
             assert time.monotonic() - started < TIMEOUT, "the engine still holds requests"
             time.sleep(0.005)
-        return time.monotonic() - started
+        seconds = time.monotonic() - started
+        time.sleep(0.05)  # for the step that ended the last one
+        self.model_manager.check_integrity()
+        assert self.num_free_blocks == list(self.model_manager._cache_size.num_blocks)
+        return seconds
+
+    @property
+    def num_free_blocks(self) -> list[int]:
+        """How many blocks no request holds, of each group of layers."""
+        return self.model_manager._cache_manager.num_free_blocks
 
 
 @pytest.fixture
@@ -84,11 +96,56 @@ def serve() -> Callable[[FastAPI], contextlib.AbstractContextManager[str]]:
     return _serve
 
 
+@contextlib.contextmanager
+def _loaded(model_dir: Path, **options: Any) -> Iterator[ModelManager]:
+    """Serve a model on the CPU, planned on little text, with a small cache unless another is asked for."""
+    manager = ModelManager(
+        ServerConfig(**{"model": str(model_dir), "device": "cpu", "kv_cache_memory": 16 * 2**20, **options})
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache_plan, "LARGE_FOR_A_CPU", 0)
+        manager.load()
+    try:
+        yield manager
+    finally:
+        manager.unload()
+
+
+@pytest.fixture(scope="session")
+def loaded() -> Callable[..., contextlib.AbstractContextManager[ModelManager]]:
+    """Load the model of a directory, with these options, for the length of a ``with`` block."""
+    return _loaded
+
+
+@pytest.fixture(scope="session")
+def save_model(
+    tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast
+) -> Callable[..., Path]:
+    """Save a model of the table with the tiny model's tokenizer and a longer context."""
+
+    def save(name: str, **options: Any) -> Path:
+        path = tmp_path_factory.mktemp(name)
+        more = {"vocab_size": 300, "max_position_embeddings": 4096, **options}
+        with pytest.MonkeyPatch.context() as patch:
+            original = architectures.ARCHITECTURES[name]
+            changed = architectures.Architecture({**original.options, **more}, original.serving)
+            patch.setitem(architectures.ARCHITECTURES, name, changed)
+            architectures.build(name).save_pretrained(path)
+        tiny_tokenizer.save_pretrained(path)
+        return path
+
+    return save
+
+
 @pytest.fixture(scope="session")
 def server(tiny_model_dir: Path) -> Iterator[RunningServer]:
     """Serve the tiny model, as ``turboquant-server`` would."""
     config = ServerConfig(
-        model=str(tiny_model_dir), device="cpu", dtype="float32", served_model_name=(MODEL_NAME, "alias")
+        model=str(tiny_model_dir),
+        device="cpu",
+        dtype="float32",
+        served_model_name=(MODEL_NAME, "alias"),
+        kv_cache_memory=32 * 2**20,  # 20 requests at a time
     )
     model_manager = ModelManager(config)
     model_manager.load()

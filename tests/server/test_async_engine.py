@@ -12,11 +12,12 @@ from typing import Any, TypeVar, cast
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from turboquant_core import CacheManager, Timeline, Visibility
 from turboquant_server.engine.async_engine import AsyncEngine, EngineDeadError
 from turboquant_server.engine.engine import Engine
 from turboquant_server.engine.request import FinishReason, Request, RequestFailedError, RequestOutput
 from turboquant_server.engine.sampling_params import SamplingParams
-from turboquant_server.engine.scheduler import ScheduledBatch, Scheduler
+from turboquant_server.engine.scheduler import ScheduledBatch, ScheduledRequest, Scheduler
 
 T = TypeVar("T")
 TIMEOUT = 10
@@ -36,27 +37,31 @@ class SteppedRunner:
         """Let no step through until the test releases ``steps``."""
         self.steps = threading.Semaphore(0)
 
-    def run(self, batch: ScheduledBatch) -> list[int | RequestFailedError | None]:
+    def run(self, batch: ScheduledBatch) -> list[tuple[ScheduledRequest, list[int] | RequestFailedError]]:
         self.in_step.set()
         assert self.steps.acquire(timeout=TIMEOUT)
         self.num_steps += 1
-        results: list[int | RequestFailedError | None] = []
-        for request, num_tokens in zip(batch.requests, batch.num_scheduled_tokens, strict=True):
-            request.num_computed_tokens += num_tokens
+        results: list[tuple[ScheduledRequest, list[int] | RequestFailedError]] = []
+        for item in (*batch.prefills, *batch.decodes):
+            is_complete = item.chunks[-1].end == item.request.num_tokens
             try:
-                self.act(request)
-                results.append(TOKEN if request.num_computed_tokens == request.num_tokens else None)
+                self.act(item.request)
+                results.append((item, [TOKEN] * (1 + len(item.request.forks)) if is_complete else []))
             except RequestFailedError as error:
-                results.append(error)
+                results.append((item, error))
         return results
+
+    def copy_slot(self, source: int, target: int) -> None:
+        """Copy nothing: there is no model."""
 
 
 class Bench:
-    """An AsyncEngine over a SteppedRunner."""
+    """An AsyncEngine over a SteppedRunner, which runs one request at a time."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.runner = SteppedRunner()
-        self.scheduler = Scheduler(cast(Any, object), prefill_chunk_size=4)
+        self.manager = CacheManager(Timeline(), [Visibility()], [8], num_slots=1, caches_prefixes=False)
+        self.scheduler = Scheduler(self.manager.open, Timeline(), max_num_batched_tokens=1024)
         engine = Engine(
             self.scheduler, cast(Any, self.runner), tokenizer, (2,), vocab_size=300, max_model_len=500
         )

@@ -1,6 +1,6 @@
 """The cache is planned on the text that comes along, cut as requests will be, within its budget.
 
-A little over 300 lines, for all the ways in which a sample may be cut.
+More than 300 lines, for all the ways in which a sample may be cut.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import MptConfig, MptForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from turboquant_core import BitPlan, LayerTransforms
+from turboquant_core import BitPlan, LayerShape, LayerTransforms, Visibility, rotation
 from turboquant_server import cache_plan
+from turboquant_server.attention_check import ModelAttention, UnsupportedModelError
 from turboquant_server.cache_plan import LARGE_FOR_A_CPU, SAMPLE_TEXT, CachePlan, plan_cache
 from turboquant_server.config import ServerConfig
 from turboquant_server.load_error import ModelLoadError
@@ -163,24 +164,65 @@ def test_without_a_budget_all_layers_have_the_bits_that_were_asked_for(
     plan = plan_cache(ServerConfig(**arguments), tiny_model, tiny_tokenizer, 2048)
     assert (plan.key_bits, plan.value_bits, plan.bit_plan) == (*bits, None)
     assert set(plan.transforms) == {0, 1}
-    assert opened_bits(plan, tiny_model) == [bits, bits]
+    assert bits_of(plan) == [bits, bits]
 
 
-def opened_bits(plan: CachePlan, model: PreTrainedModel) -> list[tuple[int, ...]]:
-    """Return the bits of keys and values, by layer, by the bytes of a block of random tokens."""
-    cache = plan.open_cache(model)
-    for layer_idx in (0, 1):
-        cache.update(torch.randn(1, 2, 320, 64), torch.randn(1, 2, 320, 64), layer_idx)
-    return [
-        tuple(states.blocks.codes.shape[-1] * 8 // 64 for states in layer.states) for layer in cache.layers
+def attention_of(*dims: tuple[int, int]) -> ModelAttention:
+    """Layers with keys and values of these dimensions, by pairs; every second one sees a window."""
+    return ModelAttention(
+        True,
+        False,
+        {index: LayerShape(2, key_dim, value_dim) for index, (key_dim, value_dim) in enumerate(dims)},
+        {index: Visibility(window=8 if index % 2 else None) for index in range(len(dims))},
+    )
+
+
+def bits_of(plan: CachePlan) -> list[tuple[int, int]]:
+    """Return the bits of keys and values, by layer, by the bytes of a block of one head."""
+    layers = plan.store_layers(attention_of((64, 64), (64, 64)))
+    bits = []
+    for _, layer in sorted(layers.items()):
+        quantizers: Any = layer.codec._quantizers  # type: ignore[union-attr]
+        bits.append((quantizers[0].bits, quantizers[1].bits))
+        # Codes, a 16-bit norm of each token, and of each 32 a mean of 8 bits a number and its 16-bit step.
+        num_bytes = 64 * 64 * sum(bits[-1]) // 8 + 2 * (64 * 2 + 2 * (64 + 2))
+        assert num_bytes <= layer.codec.record_bytes < 1.01 * num_bytes
+    return bits
+
+
+def test_a_layer_is_stored_as_it_was_found() -> None:
+    layers = CachePlan(4, 3).store_layers(attention_of((64, 32), (16, 128), (24, 16)))
+    assert [(layer.num_kv_heads, layer.key_dim, layer.value_dim) for layer in layers.values()] == [
+        (2, 64, 32),
+        (2, 16, 128),
+        (2, 24, 16),
     ]
+    assert [layer.group for layer in layers.values()] == [0, 1, 0]
 
 
-def test_layers_get_the_bits_of_their_plan_and_others_those_of_all(tiny_model: PreTrainedModel) -> None:
+@pytest.mark.parametrize("dims", [(8, 64), (64, 15)])
+def test_heads_that_are_too_small_are_refused(dims: tuple[int, int]) -> None:
+    with pytest.raises(UnsupportedModelError) as caught:
+        CachePlan(4, 4).store_layers(attention_of((64, 64), dims))
+    assert str(caught.value) == f"its heads are too small (dim must be at least 16, got {min(dims)})"
+
+
+def test_layers_use_their_transforms_and_rotations_where_they_have_none() -> None:
+    own = rotation(64, 7)
+    plan = CachePlan(8, 8, transforms={1: LayerTransforms(own, None)})
+    layers = plan.store_layers(attention_of((64, 64), (64, 64)))
+    used: Any = [[q.transform for q in layer.codec._quantizers] for layer in layers.values()]  # type: ignore[union-attr]
+    assert used[1][0] is own
+    probes = torch.randn(5, 64)
+    for transform in (*used[0], used[1][1]):
+        assert torch.equal(transform.apply(probes), rotation(64, 0).apply(probes))
+
+
+def test_layers_get_the_bits_of_their_plan_and_others_those_of_all() -> None:
     bit_plan = BitPlan({0: (8, 3), 1: (2, 4)}, bits_per_value=4.75, divergence=0.1)
-    assert opened_bits(CachePlan(4, 4, bit_plan), tiny_model) == [(8, 3), (2, 4)]
+    assert bits_of(CachePlan(4, 4, bit_plan)) == [(8, 3), (2, 4)]
     bit_plan = BitPlan({1: (2, 4)}, bits_per_value=4.75, divergence=0.1)
-    assert opened_bits(CachePlan(3, 8, bit_plan), tiny_model) == [(3, 8), (2, 4)]
+    assert bits_of(CachePlan(3, 8, bit_plan)) == [(3, 8), (2, 4)]
 
 
 @pytest.mark.usefixtures("small_sample")
@@ -191,7 +233,7 @@ def test_a_budget_gives_every_layer_bits_and_the_same_ones_each_time(
     first, second = (plan_cache(config, tiny_model, tiny_tokenizer, 2048) for _ in range(2))
     assert first.bit_plan is not None
     assert first.bit_plan.bits_per_value <= 3.7
-    assert opened_bits(first, tiny_model) == [first.bit_plan.layer_bits[0], first.bit_plan.layer_bits[1]]
+    assert bits_of(first) == [first.bit_plan.layer_bits[0], first.bit_plan.layer_bits[1]]
     assert first.bit_plan == second.bit_plan
     probes = torch.randn(2, 5, 64)
     for layer_idx in (0, 1):
@@ -265,7 +307,7 @@ def test_rotations_take_the_place_of_transforms_that_cannot_be_measured(
     )
     assert plan.transforms == {}
     assert (plan.bit_plan is None) == (budget is None)
-    assert len(opened_bits(plan, tiny_model)) == 2
+    assert len(bits_of(plan)) == 2
 
 
 def test_a_gpu_without_memory_for_the_sample_is_no_failure_to_measure(
@@ -282,11 +324,7 @@ def test_a_gpu_without_memory_for_the_sample_is_no_failure_to_measure(
 @pytest.mark.usefixtures("small_sample")
 @pytest.mark.parametrize(
     "kind",
-    [
-        "llama",
-        "mpt",
-        "short",
-    ],
+    ["attention through the interface", "attention of its own", "prompts shorter than the text"],
 )
 def test_measuring_leaves_nothing_in_the_log(
     tiny_model: PreTrainedModel,

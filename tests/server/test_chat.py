@@ -1,4 +1,7 @@
-"""Chat completions as OpenAI's SDK sees them: text, sampling, stop conditions, usage, shapes."""
+"""Chat completions as OpenAI's SDK sees them: text, sampling, stop conditions, choices, usage, shapes.
+
+More than 300 lines: an endpoint has many fields.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import httpx
 import openai
 import pytest
 from openai import OpenAI
+from openai.types import CompletionUsage
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from transformers import PreTrainedTokenizerFast
 
@@ -182,6 +186,105 @@ def test_usage_adds_up_and_is_the_same_in_a_stream(client: OpenAI) -> None:
     assert chunks[-1].usage == usage
     assert chunks[-1].choices == []
     assert all(chunk.usage is None for chunk in chunks[:-1])
+
+
+def texts_by_choice(chunks: list[ChatCompletionChunk]) -> dict[int, str]:
+    """Join each choice's text; check that it begins with a role and ends once."""
+    texts: dict[int, str] = {}
+    ended: set[int] = set()
+    for choice in (choice for chunk in chunks for choice in chunk.choices):
+        assert choice.index not in ended, "something came after the end"
+        assert (choice.delta.role == "assistant") == (choice.index not in texts)
+        texts[choice.index] = texts.get(choice.index, "") + (choice.delta.content or "")
+        if choice.finish_reason is not None:
+            ended.add(choice.index)
+    assert ended == set(texts)
+    return texts
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_n_choices_are_drawn_apart_and_the_same_each_time(client: OpenAI, n: int) -> None:
+    fields: dict[str, Any] = {"n": n, "seed": 5, "max_tokens": 20}
+    whole = ask(client, **fields)
+    texts = [choice.message.content for choice in whole.choices]
+    assert [choice.index for choice in whole.choices] == list(range(n))
+    assert len(set(texts)) == n
+    assert texts[0] == text_of(ask(client, seed=5, max_tokens=20))
+    assert texts == [choice.message.content for choice in ask(client, **fields).choices]
+    assert texts_by_choice(ask_for_stream(client, **fields)) == dict(enumerate(texts))
+
+
+def test_choices_without_a_seed_differ(client: OpenAI) -> None:
+    texts = {choice.message.content for _ in range(2) for choice in ask(client, n=3, max_tokens=20).choices}
+    assert len(texts) == 6
+
+
+def test_greedy_choices_are_one_text(client: OpenAI) -> None:
+    greedy = text_of(ask(client, temperature=0, max_tokens=20))
+    choices = ask(client, temperature=0, max_tokens=20, n=3).choices
+    assert [choice.message.content for choice in choices] == [greedy] * 3
+
+
+def test_usage_counts_the_prompt_once_and_every_choice(client: OpenAI) -> None:
+    fields: dict[str, Any] = {"max_tokens": 7, "extra_body": {"ignore_eos": True}}
+    one, four = ask(client, **fields).usage, ask(client, n=4, **fields).usage
+    assert one is not None and four is not None
+    assert four.prompt_tokens == one.prompt_tokens
+    assert four.completion_tokens == 4 * 7
+    assert four.total_tokens == four.prompt_tokens + four.completion_tokens
+    chunks = ask_for_stream(client, n=4, stream_options={"include_usage": True}, **fields)
+    assert chunks[-1].usage == four
+
+
+def test_more_choices_than_run_at_a_time_are_all_answered(client: OpenAI, server: Any) -> None:
+    assert server.model_manager._cache_size.num_slots < 128
+    choices = ask(client, n=128, seed=1, max_tokens=4, extra_body={"ignore_eos": True}).choices
+    assert [choice.index for choice in choices] == list(range(128))
+    assert len({choice.message.content for choice in choices}) > 100
+    few = ask(client, n=3, seed=1, max_tokens=4, extra_body={"ignore_eos": True}).choices
+    assert [choice.message for choice in few] == [choice.message for choice in choices[:3]]
+    server.wait_until_idle()
+
+
+def cached_tokens(usage: CompletionUsage | None) -> tuple[int, int]:
+    """Return the tokens of the prompt and those of them that were found in the cache."""
+    assert usage is not None and usage.prompt_tokens_details is not None
+    assert usage.prompt_tokens_details.cached_tokens is not None
+    return usage.prompt_tokens, usage.prompt_tokens_details.cached_tokens
+
+
+@pytest.mark.parametrize("length", [30, 700, 1300, 1900])
+def test_usage_tells_how_much_of_a_prompt_was_found_in_the_cache(client: OpenAI, length: int) -> None:
+    messages = [{"role": "user", "content": f"{length} " + "xyz" * (length // 3)}]
+    fields: dict[str, Any] = {"messages": messages, "temperature": 0, "max_tokens": 8}
+    first, second = ask(client, **fields), ask(client, **fields)
+    *chunks, last = ask_for_stream(client, stream_options={"include_usage": True}, **fields)
+    num_tokens, none = cached_tokens(first.usage)
+    # The first 4 and whole segments of 512; the newest 128 are computed in any case.
+    segments = max(0, num_tokens - 128 - 4) // 512
+    found = 4 + 512 * segments if segments else 0
+    assert none == 0
+    assert cached_tokens(second.usage) == cached_tokens(last.usage) == (num_tokens, found)
+    assert text_of(first) == text_of(second) == streamed_text(chunks)
+
+
+def test_only_requests_of_one_salt_share_what_is_cached(client: OpenAI) -> None:
+    messages = [{"role": "user", "content": "salt" * 250}]
+    texts = set()
+    for salt, found in [("a", 0), ("b", 0), (None, 0), ("a", 516), ("b", 516), (None, 516), ("c", 0)]:
+        extra = {} if salt is None else {"cache_salt": salt}
+        completion = ask(client, messages=messages, temperature=0, max_tokens=8, extra_body=extra)
+        assert cached_tokens(completion.usage)[1] == found, salt
+        texts.add(text_of(completion))
+    assert len(texts) == 1
+
+
+def test_what_a_conversation_began_with_is_found_again(client: OpenAI) -> None:
+    turn = {"role": "user", "content": "turn" * 350}
+    first = ask(client, messages=[turn], temperature=0, max_tokens=8)
+    more = [turn, {"role": "assistant", "content": text_of(first)}, {"role": "user", "content": "And then?"}]
+    found = cached_tokens(ask(client, messages=more, max_tokens=1).usage)[1]
+    assert found == 4 + 512 * ((cached_tokens(first.usage)[0] - 132) // 512) > 4
 
 
 def test_a_response_names_the_model_that_was_asked_for(client: OpenAI, http: httpx.Client) -> None:

@@ -100,7 +100,7 @@ def test_no_flag_waits_for_torch() -> None:
 def test_flags_are_read_as_their_field_says() -> None:
     argv = (
         "--model some/model --bits 3 --quantize int4 --device cuda:1 --dtype bfloat16 --revision main "
-        "--max-model-len 4096 --trust-remote-code --served-model-name a b --host :: --port 9000"
+        "--max-model-len 4k --trust-remote-code --served-model-name a b --host :: --port 9000"
     )
     assert parse_config(argv.split()) == ServerConfig(
         model="some/model",
@@ -139,7 +139,8 @@ def test_a_flag_beats_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
         ("--quantize int3", ("--quantize", "'none', 'int8' or 'int4'", "'int3'")),
         ("--dtype fp8", ("--dtype", "'bfloat16'", "'fp8'")),
         ("--max-model-len 1", ("--max-model-len", "greater than or equal to 2")),
-        ("--max_model_len x", ("--max-model-len", "'x'")),
+        ("--max_model_len x", ("--max-model-len: input should be a number of tokens such as", "'x'")),
+        ("--vram-limit 10G", ("--vram-limit: input should be a number of bytes, or", "'10G'")),
         ("--kv-bits 4", ("--kv-bits: input should be two of 2, 3, 4 and 8 with a comma", "'4'")),
         ("--kv-budget-bits 0", ("--kv-budget-bits", "greater than 0", "'0'")),
         ("--bits 4 --kv-bits 4,3", ("choose one of --bits and --kv-bits (",)),

@@ -1,7 +1,8 @@
-"""Plain completions: every form of a prompt, several at once, and the defaults of OpenAI's endpoint."""
+"""Plain completions: every form of a prompt, several at once, choices, and the endpoint's defaults."""
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -88,6 +89,50 @@ def test_usage_adds_up_over_all_prompts(client: OpenAI, tiny_tokenizer: PreTrain
     )
     assert (chunks[-1].usage, chunks[-1].choices) == (usage, [])
     assert all(chunk.usage is None for chunk in chunks[:-1])
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_every_prompt_has_n_choices_one_prompt_after_another(client: OpenAI, n: int) -> None:
+    fields: dict[str, Any] = {"temperature": 1, "seed": 4, "n": n}
+    alone = [text for prompt in PROMPTS for text in texts_of(complete(client, prompt, **fields))]
+    assert len(set(alone)) == n * len(PROMPTS)
+    assert texts_of(complete(client, PROMPTS, **fields)) == alone
+    assert streamed_texts(client, PROMPTS, **fields) == alone
+
+
+def test_usage_counts_each_prompt_once_and_all_choices(client: OpenAI) -> None:
+    fields: dict[str, Any] = {"max_tokens": 3, "extra_body": {"ignore_eos": True}}
+    one, four = (complete(client, PROMPTS, n=n, **fields).usage for n in (1, 4))
+    assert one is not None and four is not None
+    assert (four.prompt_tokens, four.completion_tokens) == (one.prompt_tokens, 4 * 3 * len(PROMPTS))
+    assert four.total_tokens == four.prompt_tokens + four.completion_tokens
+
+
+def test_usage_adds_up_what_was_found_of_each_prompt(client: OpenAI) -> None:
+    prompts = [[9, 8, 7, 6] * 200, [5], [6, 7, 8, 9] * 300]
+    first, second = (complete(client, prompts, max_tokens=1, n=2).usage for _ in range(2))
+    for usage, found in ((first, 0), (second, 516 + 1028)):
+        assert usage is not None and usage.prompt_tokens_details is not None
+        assert usage.prompt_tokens_details.cached_tokens == found
+
+
+def test_clients_beside_each_other_get_what_they_get_alone(client: OpenAI, server: Any) -> None:
+    def ask(index: int) -> list[str]:
+        # Among them prompts of several segments, some of them begun alike, and more answers than slots.
+        prompt = [5, 6, 7] * (1 + 30 * (index % 5)) + [index + 10] * (1 + 37 * index % 800)
+        fields = {
+            "temperature": index % 3 / 2,
+            "seed": index,
+            "n": 1 + index % 3,
+            "max_tokens": 6 + index // 2,
+        }
+        return texts_of(complete(client, prompt, **fields))
+
+    alone = [ask(index) for index in range(20)]
+    with ThreadPoolExecutor(20) as executor:
+        together = list(executor.map(ask, range(20)))
+    assert together == alone
+    server.wait_until_idle()
 
 
 def test_stop_strings_end_only_the_answers_that_have_them(client: OpenAI) -> None:

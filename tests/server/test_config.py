@@ -22,6 +22,9 @@ def test_the_defaults_serve_the_demo_model_to_this_machine_only() -> None:
     assert (config.kv_bits, config.kv_budget_bits) == (None, None)
     assert (config.quantize, config.dtype, config.device, config.revision) == ("none", "auto", None, None)
     assert (config.max_model_len, config.served_model_name) == (None, ())
+    assert (config.gpu_memory_utilization, config.vram_limit, config.kv_cache_memory) == (None, None, None)
+    assert (config.max_num_seqs, config.max_num_batched_tokens) == (None, 2048)
+    assert config.no_prefix_caching is False
     assert config.trust_remote_code is False
 
 
@@ -39,6 +42,16 @@ def test_a_variable_beats_the_default_and_an_argument_beats_the_variable(
     [
         ("MODEL", "some/model", "some/model"),
         ("MAX_MODEL_LEN", "4096", 4096),
+        ("MAX_MODEL_LEN", " 32k ", 32768),
+        ("MAX_MODEL_LEN", "auto", None),
+        ("GPU_MEMORY_UTILIZATION", "0.5", 0.5),
+        ("GPU_MEMORY_UTILIZATION", "1", 1.0),
+        ("VRAM_LIMIT", "10GiB", 10 * 2**30),
+        ("VRAM_LIMIT", "", None),
+        ("KV_CACHE_MEMORY", " 1000 ", 1000),
+        ("MAX_NUM_SEQS", "1", 1),
+        ("MAX_NUM_BATCHED_TOKENS", "1024", 1024),
+        ("NO_PREFIX_CACHING", "true", True),
         ("TRUST_REMOTE_CODE", "true", True),
         ("TRUST_REMOTE_CODE", "0", False),
         ("SERVED_MODEL_NAME", "a", ("a",)),
@@ -86,6 +99,29 @@ def test_variables_are_read_as_their_field_says(
         {"quantize": "int3"},
         {"dtype": "float8"},
         {"max_model_len": 0},
+        {"max_model_len": "1"},
+        {"max_model_len": "k"},
+        {"max_model_len": "32m"},
+        {"max_model_len": "1.5k"},
+        {"max_model_len": "-2k"},
+        {"max_model_len": ""},
+        {"gpu_memory_utilization": 0},
+        {"gpu_memory_utilization": 1.01},
+        {"gpu_memory_utilization": "nan"},
+        {"gpu_memory_utilization": "90%"},
+        {"vram_limit": 0},
+        {"vram_limit": "0GiB"},
+        {"vram_limit": "-1GiB"},
+        {"vram_limit": "10G"},
+        {"vram_limit": "1.5GiB"},
+        {"vram_limit": "10 GiB"},
+        {"vram_limit": "10B"},
+        {"vram_limit": "GiB"},
+        {"kv_cache_memory": "much"},
+        {"kv_cache_memory": "10iB"},
+        {"kv_cache_memory": ""},
+        {"max_num_seqs": 0},
+        {"max_num_batched_tokens": 515},
         {"model": ""},
         {"host": ""},
         {"served_model_name": ("a", "")},
@@ -110,22 +146,68 @@ def test_a_budget_is_any_positive_number(number: Any, budget: float) -> None:
     assert ServerConfig(kv_budget_bits=number).kv_budget_bits == budget
 
 
-CHOICES = {"bits": "4", "kv_bits": "4,3", "kv_budget_bits": "3.5"}
-PAIRS = list(itertools.permutations(CHOICES, 2))
+@pytest.mark.parametrize(
+    ("text", "length"),
+    [
+        ("4096", 4096),
+        (4096, 4096),
+        ("32k", 32768),
+        ("128K", 131072),
+        ("1k", 1024),
+        ("auto", None),
+        (None, None),
+    ],
+)
+def test_a_length_is_a_number_or_thousands_of_two_or_auto(text: Any, length: int | None) -> None:
+    assert ServerConfig(max_model_len=text).max_model_len == length
 
 
-@pytest.mark.parametrize(("by_argument", "by_variable"), PAIRS)
-def test_only_one_way_to_choose_bits_is_taken(
-    monkeypatch: pytest.MonkeyPatch, by_argument: str, by_variable: str
+@pytest.mark.parametrize("name", ["vram_limit", "kv_cache_memory"])
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        (1, 1),
+        ("10737418240", 10 * 2**30),
+        ("3KiB", 3 * 2**10),
+        ("512MiB", 512 * 2**20),
+        ("10GiB", 10 * 2**30),
+        ("2TiB", 2 * 2**40),
+        ("3KB", 3000),
+        ("512MB", 512 * 10**6),
+        ("10GB", 10**10),
+        ("2TB", 2 * 10**12),
+        ("10gib", 10 * 2**30),
+        (None, None),
+    ],
+)
+def test_a_size_is_a_number_of_bytes_or_of_a_unit(name: str, text: Any, size: int | None) -> None:
+    assert getattr(ServerConfig(**{name: text}), name) == size
+
+
+CHOICES = (
+    {"bits": "4", "kv_bits": "4,3", "kv_budget_bits": "3.5"},
+    {"kv_cache_memory": "1GiB", "gpu_memory_utilization": "0.9"},
+    {"kv_cache_memory": "1GiB", "vram_limit": "10GB"},
+)
+PAIRS = [
+    pytest.param(choices, *pair, id="-".join(pair))
+    for choices in CHOICES
+    for pair in itertools.permutations(choices, 2)
+]
+
+
+@pytest.mark.parametrize(("choices", "by_argument", "by_variable"), PAIRS)
+def test_only_one_way_to_choose_bits_or_memory_is_taken(
+    monkeypatch: pytest.MonkeyPatch, choices: dict[str, str], by_argument: str, by_variable: str
 ) -> None:
-    both = {by_argument: CHOICES[by_argument], by_variable: CHOICES[by_variable]}
-    flags = " and ".join("--" + name.replace("_", "-") for name in CHOICES if name in both)
+    both = {by_argument: choices[by_argument], by_variable: choices[by_variable]}
+    flags = " and ".join("--" + name.replace("_", "-") for name in choices if name in both)
     with pytest.raises(ValidationError) as by_arguments:
         ServerConfig(**both)
-    monkeypatch.setenv(f"TURBOQUANT_{by_variable.upper()}", CHOICES[by_variable])
+    monkeypatch.setenv(f"TURBOQUANT_{by_variable.upper()}", choices[by_variable])
     with pytest.raises(ValidationError) as by_either:
-        ServerConfig(**{by_argument: CHOICES[by_argument]})
-    monkeypatch.setenv(f"TURBOQUANT_{by_argument.upper()}", CHOICES[by_argument])
+        ServerConfig(**{by_argument: choices[by_argument]})
+    monkeypatch.setenv(f"TURBOQUANT_{by_argument.upper()}", choices[by_argument])
     with pytest.raises(ValidationError) as by_variables:
         ServerConfig()
     for caught in (by_arguments, by_either, by_variables):
@@ -141,6 +223,12 @@ def test_a_choice_is_one_even_where_it_is_the_default(monkeypatch: pytest.Monkey
 
 def test_nothing_is_no_choice() -> None:
     assert ServerConfig(bits=3, kv_bits=None, kv_budget_bits=None).bits == 3
+    assert ServerConfig(kv_cache_memory=1, vram_limit=None, gpu_memory_utilization=None).kv_cache_memory == 1
+
+
+def test_a_share_and_a_limit_of_memory_go_together() -> None:
+    config = ServerConfig(gpu_memory_utilization=0.5, vram_limit="10GiB")
+    assert (config.gpu_memory_utilization, config.vram_limit) == (0.5, 10 * 2**30)
 
 
 @pytest.mark.parametrize("bits", [4, 4.0])

@@ -47,7 +47,6 @@ def error_of(response: httpx.Response, status: int = 400) -> dict[str, str | Non
 @pytest.mark.parametrize(
     ("path", "field", "value"),
     [
-        *((path, "n", value) for path in (CHAT, COMPLETIONS) for value in (2, 0, True, "1")),
         *(
             (path, f"{kind}_penalty", 0.5)
             for path in (CHAT, COMPLETIONS)
@@ -90,7 +89,7 @@ def test_what_is_not_supported_is_refused(http: httpx.Client, path: str, field: 
 @pytest.mark.parametrize(
     "fields",
     [
-        {"n": 1, "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}},
+        {"n": 1, "cache_salt": None, "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}},
         {"n": None, "temperature": None, "top_p": None, "seed": None, "stop": None, "stream": None},
         {"tools": [], "tool_choice": "auto", "response_format": {"type": "text"}, "logprobs": False},
         {"user": "me", "store": False, "metadata": {"a": "b"}, "service_tier": "auto", "top_k": -1},
@@ -201,6 +200,22 @@ def test_a_wrong_value_is_refused_by_its_path(http: httpx.Client, fields: dict[s
     error = error_of(post(http, CHAT, **fields))
     assert error["param"] == param
     assert f"'{param}'" in str(error["message"])
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("n", value) for value in (0, -1, 129, "2", True, 1.5, [2])),
+        *(("cache_salt", value) for value in ("", 3, True, ["a"], "\ud800")),
+    ],
+)
+def test_a_wrong_number_of_choices_or_salt_is_refused(
+    http: httpx.Client, path: str, field: str, value: object
+) -> None:
+    error = error_of(post(http, path, **{field: value}))
+    assert error["param"] == field
+    assert f"'{field}'" in str(error["message"])
 
 
 @pytest.mark.parametrize(("path", "param"), [(CHAT, "messages"), (COMPLETIONS, "prompt")])

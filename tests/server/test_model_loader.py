@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BloomConfig, LlamaConfig
 
-from turboquant_server import model_loader
+from turboquant_server import memory, model_loader
 from turboquant_server.config import ServerConfig
 from turboquant_server.load_error import ModelLoadError
 from turboquant_server.model_loader import load_model
@@ -78,13 +78,28 @@ def test_the_dtype_is_as_asked_and_auto_is_float32_on_a_cpu(
     assert {parameter.dtype for parameter in model.parameters()} == {expected}
 
 
+@pytest.mark.parametrize(
+    ("num_available", "utilization", "dtype"),
+    [
+        (1000, None, torch.bfloat16),
+        (3_000_000, None, torch.bfloat16),
+        (3_000_000, 0.9, torch.float32),
+        (5_000_000, None, torch.float32),
+        (5_000_000, 0.1, torch.bfloat16),
+    ],
+)
 def test_auto_keeps_16_bits_on_a_cpu_where_float32_has_no_room(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    num_available: int,
+    utilization: float | None,
+    dtype: torch.dtype,
 ) -> None:
     change_weights(checkpoint, lambda weights: weights.update({k: w.bfloat16() for k, w in weights.items()}))
     change_config(checkpoint, dtype="bfloat16")
-    monkeypatch.setattr(model_loader, "free_memory", lambda device: 1000)
-    assert load_model(ServerConfig(model=str(checkpoint), device="cpu")).model.dtype == torch.bfloat16
+    monkeypatch.setattr(memory, "_available_bytes", lambda: num_available)
+    config = ServerConfig(model=str(checkpoint), device="cpu", gpu_memory_utilization=utilization)
+    assert load_model(config).model.dtype == dtype
 
 
 def test_a_missing_directory_is_named() -> None:
@@ -252,6 +267,20 @@ def test_max_model_len_may_be_as_long_as_rope_scaling_allows(rope: dict[str, Any
     assert model_loader.find_max_model_len("x", config, None) == 2048
     with pytest.raises(ModelLoadError, match=f"give {longest} or less"):
         model_loader.find_max_model_len("x", config, longest + 1)
+
+
+@pytest.mark.parametrize(("max_model_len", "stretch"), [(2048, 1.0), (None, 1.0), (4096, 3.0)])
+def test_rotary_embeddings_are_those_of_max_model_len(
+    checkpoint: Path, max_model_len: int | None, stretch: float
+) -> None:
+    change_config(checkpoint, rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0})
+    config = ServerConfig(model=str(checkpoint), device="cpu", max_model_len=max_model_len)
+    model = load_model(config).model
+    inv_freq = dict(model.named_buffers())["model.rotary_emb.inv_freq"]
+    base = 10000.0 * stretch ** (64 / 62)
+    torch.testing.assert_close(inv_freq, base ** (-torch.arange(0, 64, 2) / 64))
+    model(torch.tensor([[3]]), position_ids=torch.tensor([[5000]]))
+    assert torch.equal(dict(model.named_buffers())["model.rotary_emb.inv_freq"], inv_freq)
 
 
 def test_a_model_that_does_not_tell_its_length_needs_the_flag() -> None:

@@ -1,42 +1,56 @@
-"""From loading to unloading, the engine answers as transformers does, from compressed caches."""
+"""From loading to unloading, the engine answers as transformers does, from a compressed cache."""
 
 from __future__ import annotations
 
 import asyncio
-import copy
 import gc
+import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import architectures
 import pytest
 import torch
-from transformers import DynamicCache, MptConfig, MptForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import DynamicCache, PreTrainedModel
 
-from turboquant_core import TurboQuantCache
 from turboquant_server.config import ServerConfig
 from turboquant_server.engine.async_engine import EngineDeadError
+from turboquant_server.engine.request import RequestOutput
 from turboquant_server.engine.sampling_params import SamplingParams
 from turboquant_server.model_manager import ModelLoadError, ModelManager, find_eos_token_ids
 
+pytestmark = pytest.mark.usefixtures("no_variables")
+
+Loaded = Callable[..., AbstractContextManager[ModelManager]]
+SaveModel = Callable[..., Path]
+
 GREEDY = SamplingParams(max_tokens=30, temperature=0)
 IGNORING_EOS = SamplingParams(max_tokens=30, temperature=0, ignore_eos=True)
+MIB = 2**20
 
 
 @pytest.fixture(scope="module")
-def manager(tiny_model_dir: Path) -> Iterator[ModelManager]:
-    manager = ModelManager(ServerConfig(model=str(tiny_model_dir), device="cpu"))
-    assert not manager.is_ready
-    manager.load()
-    yield manager
-    manager.unload()
+def manager(tiny_model_dir: Path, loaded: Loaded) -> Iterator[ModelManager]:
+    with loaded(tiny_model_dir) as manager:
+        yield manager
 
 
-async def generate(manager: ModelManager, prompt: list[int], params: SamplingParams) -> list[int]:
-    outputs = manager.engine.generate(prompt, params, f"{id(params)}-{prompt}")
-    return [token_id async for output in outputs for token_id in output.token_ids]
+async def outputs_of(
+    manager: ModelManager, prompt: list[int], params: SamplingParams, name: str = ""
+) -> list[RequestOutput]:
+    outputs = manager.engine.generate(prompt, params, f"{id(params)}-{hash(tuple(prompt))}-{name}")
+    return [output async for output in outputs]
+
+
+async def generate(
+    manager: ModelManager, prompt: list[int], params: SamplingParams, name: str = ""
+) -> list[int]:
+    outputs = await outputs_of(manager, prompt, params, name)
+    return [token_id for output in outputs for token_id in output.token_ids]
 
 
 def test_the_engine_gives_the_tokens_of_transformers(
@@ -67,104 +81,129 @@ def test_a_seed_gives_the_same_tokens_alone_and_among_others(manager: ModelManag
     assert asyncio.run(generate(manager, [5, 6], seeded)) == asyncio.run(among_others())
 
 
-def test_a_request_of_a_long_prompt_runs_on_compressed_keys_and_values(manager: ModelManager) -> None:
-    opened: list[TurboQuantCache] = []
-    footprints = []
-    scheduler = manager.engine._engine.scheduler
+def test_a_long_prompt_lies_in_blocks_and_a_second_one_finds_them(manager: ModelManager) -> None:
+    prompt = [number % 290 + 3 for number in range(1500)]
+    num_free = manager._cache_manager.num_free_blocks[0]
+    params = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)
+    held = []
 
-    def open_cache() -> TurboQuantCache:
-        opened.append(manager.open_cache())
-        return opened[-1]
+    async def main() -> list[RequestOutput]:
+        outputs = []
+        async for output in manager.engine.generate(prompt, params, "long"):
+            held.append(num_free - manager._cache_manager.num_free_blocks[0])
+            outputs.append(output)
+        return outputs
 
+    first = asyncio.run(main())
+    # Blocks are made of 2 segments of 512 tokens, and then of what is older than the newest 128.
+    assert held[0] == 21
+    assert manager._cache_manager.num_free_blocks[0] == num_free
+    second = asyncio.run(outputs_of(manager, prompt, params, "again"))
+    assert [output.token_ids for output in second] == [output.token_ids for output in first]
+    assert {output.num_cached_tokens for output in first} == {0}
+    assert {output.num_cached_tokens for output in second} == {4 + 2 * 512}
+    manager.check_integrity()
+
+
+def test_blocks_and_slots_add_up_after_traffic(manager: ModelManager) -> None:
     async def main() -> None:
-        params = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)
-        async for _ in manager.engine.generate([5] * 1500, params, "long"):
-            footprints.append(opened[0].memory_footprint())
+        params = [
+            SamplingParams(max_tokens=5 + 3 * index, n=index % 3 + 1, seed=index, ignore_eos=True)
+            for index in range(12)
+        ]
+        prompts = [[index + 3] * (40 + 150 * (index % 5)) for index in range(12)]
+        tasks = [
+            asyncio.ensure_future(outputs_of(manager, prompt, one))
+            for prompt, one in zip(prompts, params, strict=True)
+        ]
+        left = asyncio.ensure_future(outputs_of(manager, [7] * 700, IGNORING_EOS))
+        await asyncio.sleep(0.05)
+        left.cancel()
+        for outputs, one in zip(await asyncio.gather(*tasks), params, strict=True):
+            assert len(outputs) == one.n * one.max_tokens
 
-    plain_open_cache, scheduler._open_cache = scheduler._open_cache, open_cache
-    try:
-        asyncio.run(main())
-    finally:
-        scheduler._open_cache = plain_open_cache
-    assert len(opened) == 1
-    assert footprints[-1].num_values >= 1500 * 2 * 2 * 2 * 64
-    assert footprints[-1].compressed_bytes > 0
-    assert footprints[-1].total_bytes < 0.6 * footprints[-1].bf16_bytes
+    asyncio.run(main())
+    deadline = time.monotonic() + 20
+    while manager.engine.num_running or manager.engine.num_waiting:  # the aborted one
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    manager.check_integrity()
+    assert manager._cache_manager.num_running == 0
+    assert manager._cache_manager.num_free_blocks == list(manager._cache_size.num_blocks)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_each_cache_is_new_and_of_the_configured_bits(tiny_model_dir: Path, bits: int) -> None:
-    manager = ModelManager(ServerConfig(model=str(tiny_model_dir), device="cpu", bits=bits))
-    manager.load()
-    try:
-        first, second = manager.open_cache(), manager.open_cache()
-        states = torch.randn(1, 2, 320, 64)
-        first.update(states, states, 0)
-        assert (first.get_seq_length(), second.get_seq_length()) == (320, 0)
-        # The first 4 tokens stay exact, and at least the newest 128: 2 blocks of 64 are between. Each vector
-        # has 64 codes, a norm of 2 bytes and a 32nd of a mean: 64 bytes and its step's 2.
-        assert first.memory_footprint().compressed_bytes == 128 * 2 * 2 * (8 * bits + 2 + 66 / 32)
-        assert f"{bits}-bit codes" in manager.startup_report()
-    finally:
-        manager.unload()
+def test_a_cache_is_opened_while_there_is_room(tiny_model_dir: Path, loaded: Loaded) -> None:
+    with loaded(tiny_model_dir, max_num_seqs=2) as manager:
+        caches = [manager.open_cache([5] * 700, 700) for _ in range(3)]
+        assert [cache is None for cache in caches] == [False, False, True]
+        for cache in caches[:2]:
+            assert cache is not None
+            cache.release()
+        manager.check_integrity()
+
+
+@pytest.mark.parametrize(
+    ("options", "bits", "text"),
+    [
+        ({"bits": 2}, (2, 2), "2-bit codes"),
+        ({"bits": 8}, (8, 8), "8-bit codes"),
+        ({"kv_bits": "4,3"}, (4, 3), "keys in 4-bit codes, values in 3-bit codes"),
+    ],
+    ids=str,
+)
+def test_the_cache_has_the_configured_bits_and_the_measured_transforms(
+    tiny_model_dir: Path, options: dict[str, Any], bits: tuple[int, int], text: str, loaded: Loaded
+) -> None:
+    with loaded(tiny_model_dir, **options) as manager:
+        assert f"  {text}, " in manager.startup_report()
+        store = manager.engine._engine._model_runner._store
+        assert store.layers.keys() == manager._cache_plan.transforms.keys() == {0, 1}
+        for layer_idx, transforms in manager._cache_plan.transforms.items():
+            keys, values = store.layers[layer_idx].codec._quantizers  # type: ignore[union-attr]
+            assert (keys.bits, values.bits) == bits
+            assert keys.transform is transforms.keys and values.transform is transforms.values
+        prompt = [number % 290 + 3 for number in range(900)]
+        assert len(asyncio.run(generate(manager, prompt, IGNORING_EOS))) == 30
 
 
 def test_the_report_names_the_model_and_what_its_cache_takes(
     manager: ModelManager, tiny_model_dir: Path
 ) -> None:
     lines = manager.startup_report().splitlines()
+    assert [line.split("  ")[0] for line in lines] == [
+        "model",
+        "loaded in",
+        "context",
+        "KV cache",
+        "memory",
+        "requests",
+    ]
     assert lines[0] == f"model      {tiny_model_dir} (llama, 471K parameters, float32 on cpu)"
     assert lines[2] == "context    2,048 tokens"
-    # 13 blocks take 4 bits, a 64th of a 16-bit norm and a 32nd of the bits of a mean, 8 and a 64th of 16; the
-    # first 4 tokens and the newest 188 are float32.
+    # 4 bits, a 64th of a 16-bit norm and a 32nd of the bits of a mean, 8 and a 64th of 16; and padding.
     compressed_bits = 4 + 16 / 64 + (8 + 16 / 64) / 32
-    assert f"{compressed_bits:.3f} bits per value" in lines[3]
-    assert f"{(13 * 64 * compressed_bits + 192 * 32) / 1024:.2f} measured at 1,024 tokens" in lines[3]
-    assert len(lines) == 5
+    assert compressed_bits <= float(lines[3].split(", ")[1].split(" ")[0]) < 1.01 * compressed_bits
+    store = manager.engine._engine._model_runner._store
+    assert lines[4].startswith(f"memory     {store.num_bytes / MIB:.2f} MiB for ")
+    # 2 layers of 2 heads with keys and values of 64 numbers
+    assert lines[4].endswith(f" it would hold {store.num_bytes // (2 * 2 * 2 * 64 * 2):,}")
 
 
-def test_keys_and_values_get_bits_of_their_own(tiny_model_dir: Path) -> None:
-    manager = ModelManager(ServerConfig(model=str(tiny_model_dir), device="cpu", kv_bits="4,3"))
-    manager.load()
-    try:
-        cache = manager.open_cache()
-        cache.update(torch.randn(1, 2, 320, 64), torch.randn(1, 2, 320, 64), 0)
-        assert [states.blocks.codes.shape[-1] for states in cache.layers[0].states] == [32, 24]
-        assert "keys in 4-bit codes, values in 3-bit codes, 4.008 bits per value" in manager.startup_report()
-    finally:
-        manager.unload()
-
-
-def test_a_server_with_a_budget_answers_within_it(tiny_model_dir: Path) -> None:
-    manager = ModelManager(ServerConfig(model=str(tiny_model_dir), device="cpu", kv_budget_bits=3.6))
-    manager.load()
-    try:
+def test_a_server_with_a_budget_answers_within_it(tiny_model_dir: Path, loaded: Loaded) -> None:
+    with loaded(tiny_model_dir, kv_budget_bits=3.6) as manager:
         prompt = manager.tokenizer.encode("The access code of the harbour is") * 60
         assert len(prompt) > 300  # longer than what stays uncompressed
         assert len(asyncio.run(generate(manager, prompt, IGNORING_EOS))) == 30
-        cache = manager.open_cache()
-        for layer_idx in (0, 1):
-            cache.update(torch.randn(1, 2, 320, 64), torch.randn(1, 2, 320, 64), layer_idx)
-        spent = cache.memory_footprint().bits_per_compressed_value
-        # 8 bits more for one part of the 4 would not fit; anything less would have been bought.
-        assert 3.6 - 8 / 4 < spent <= 3.6
         lines = manager.startup_report().splitlines()
-        assert f"codes of 2 to 8 bits by layer, {spent:.3f} bits per value" in lines[3]
+        assert lines[3].split("  ")[-1].startswith("codes of 2 to 8 bits by layer, ")
+        spent = float(lines[3].split(", ")[1].split(" ")[0])
+        # 8 bits more for one part of the 4 would not fit; anything less would have been bought. A record is
+        # padded, by less than a hundredth.
+        assert 3.6 - 8 / 4 < spent <= 3.6 * 1.01
         widths = [[int(word) for word in line.split()[2:4]] for line in lines[4:6]]
-        codes = [[states.blocks.codes.shape[-1] // 8 for states in layer.states] for layer in cache.layers]
+        layers = manager.engine._engine._model_runner._store.layers
+        codes = [[q.bits for q in layers[index].codec._quantizers] for index in (0, 1)]  # type: ignore[union-attr]
         assert codes == [list(pair) for pair in zip(*widths, strict=True)]
-    finally:
-        manager.unload()
-
-
-def test_requests_share_the_memory_of_the_transforms(manager: ModelManager) -> None:
-    measured = manager._cache_plan.transforms
-    assert set(measured) == {0, 1}
-    for cache in (manager.open_cache(), copy.deepcopy(manager.open_cache()), manager.open_cache()):
-        for layer_idx, transforms in measured.items():
-            cache.update(torch.randn(1, 2, 320, 64), torch.randn(1, 2, 320, 64), layer_idx)
-            used = [states._quantizer.transform for states in cache.layers[layer_idx].states]
-            assert used[0] is transforms.keys and used[1] is transforms.values
 
 
 def test_names_are_those_of_the_flag_or_the_models_own() -> None:
@@ -185,21 +224,43 @@ def test_after_a_failure_the_manager_is_not_ready() -> None:
     assert not manager.is_ready
 
 
-def test_a_model_whose_cache_cannot_be_compressed_is_refused(
-    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+def test_heads_that_are_too_small_are_refused_in_one_sentence(save_model: SaveModel, loaded: Loaded) -> None:
+    path = save_model("llama", num_attention_heads=8, head_dim=8)
+    with pytest.raises(ModelLoadError) as caught, loaded(path):
+        pass
+    assert str(caught.value) == (
+        f"{path} cannot be served with a compressed KV cache: its heads are too small (dim must be at least "
+        "16, got 8); choose another --model"
+    )
+
+
+def test_a_model_that_cannot_use_the_cache_is_refused_in_one_sentence(
+    save_model: SaveModel, loaded: Loaded
 ) -> None:
-    small_heads = MptForCausalLM(MptConfig(d_model=32, n_heads=4, n_layers=1, vocab_size=300, max_seq_len=64))
-    small_heads.save_pretrained(tmp_path)
-    tiny_tokenizer.save_pretrained(tmp_path)
-    manager = ModelManager(ServerConfig(model=str(tmp_path), device="cpu", max_model_len=64))
-    with pytest.raises(ModelLoadError) as caught:
-        manager.load()
-    sentence = str(caught.value)
-    assert sentence.startswith(f"{tmp_path} cannot be served with a compressed KV cache: it fails with one (")
-    assert sentence.endswith("; choose another --model")
+    path = save_model("openai-gpt", n_positions=256)
+    with pytest.raises(ModelLoadError) as caught, loaded(path, max_model_len=200):
+        pass
+    assert str(caught.value) == (
+        f"{path} cannot be served with a compressed KV cache: it gives nothing to its cache; "
+        "choose another --model"
+    )
 
 
-@pytest.mark.parametrize("step", ["check_cache", "plan_cache", "measure_cache"])
+@torch.inference_mode()
+def test_a_model_of_longrope_turns_short_texts_as_long_ones(save_model: SaveModel, loaded: Loaded) -> None:
+    path = save_model("phi3_longrope")
+    prompt = [11, 50, 7, 120, 64, 3]
+    with loaded(path) as manager:
+        answer = asyncio.run(generate(manager, prompt, SamplingParams(max_tokens=6, temperature=0)))
+    # Plain transformers takes the factors of long texts where one is longer than 16 tokens.
+    model = architectures.AutoModelForCausalLM.from_pretrained(path)
+    for position, token_id in enumerate(answer, start=len(prompt)):
+        padded = [*prompt, *answer][:position] + [0] * 30
+        logits = model(torch.tensor([padded]), use_cache=False).logits[0, position - 1]
+        assert int(logits.argmax()) == token_id
+
+
+@pytest.mark.parametrize("step", ["find_attention", "plan_cache", "size_cache", "build_store"])
 def test_a_gpu_that_the_weights_fill_is_told(
     tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
@@ -212,13 +273,16 @@ def test_a_gpu_that_the_weights_fill_is_told(
 
 
 def test_unload_stops_the_engine_and_frees_the_model(tiny_model_dir: Path) -> None:
-    manager = ModelManager(ServerConfig(model=str(tiny_model_dir), device="cpu"))
+    manager = ModelManager(ServerConfig(model=str(tiny_model_dir), device="cpu", kv_cache_memory=MIB))
     manager.load()
-    model = weakref.ref(manager._model)
+    store = manager.engine._engine._model_runner._store
+    tensors = [store.records[0], store.exact[1][0], manager._cache_plan.transforms[0].keys]
+    released = [weakref.ref(one) for one in (manager._model, store, *tensors)]
+    del store, tensors
 
     async def main() -> None:
         engine = manager.engine
-        params = SamplingParams(max_tokens=1500, temperature=0, ignore_eos=True)
+        params = SamplingParams(max_tokens=500, temperature=0, ignore_eos=True)
         outputs = engine.generate([5], params, "r")
         await anext(outputs)
         await asyncio.to_thread(manager.unload)
@@ -230,7 +294,7 @@ def test_unload_stops_the_engine_and_frees_the_model(tiny_model_dir: Path) -> No
     asyncio.run(main())
     assert not manager.is_ready
     gc.collect()
-    assert model() is None
+    assert [reference() for reference in released] == [None] * 5
 
 
 @pytest.mark.parametrize(
@@ -246,7 +310,7 @@ def test_eos_tokens_are_those_of_generation_config_and_tokenizer(
 
 
 def test_the_demo_model_is_the_default_and_finds_a_code() -> None:
-    manager = ModelManager(ServerConfig(device="cpu"))
+    manager = ModelManager(ServerConfig(device="cpu", kv_cache_memory=32 * MIB))
     manager.load()
     try:
         question = "The access code of Maria is 482913.\nWhat is the access code of Maria?"

@@ -1,4 +1,4 @@
-"""The runner computes no more logits than it needs, and every failure is one request's."""
+"""The runner computes no more logits than it needs, and what is wrong with one request stays with it."""
 
 from __future__ import annotations
 
@@ -7,127 +7,104 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
+from engine_bench import Bench, greedy, tokens_of
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from turboquant_server.engine.detokenizer import Detokenizer
 from turboquant_server.engine.model_runner import ModelRunner
-from turboquant_server.engine.request import Request, RequestFailedError
-from turboquant_server.engine.sampling_params import SamplingParams
-from turboquant_server.engine.scheduler import ScheduledBatch
+from turboquant_server.engine.request import RequestFailedError
 
-PROMPT = [5, 6, 7, 8, 9]
-
-
-class Wrapped:
-    """A model whose forward is a test's own function."""
-
-    def __init__(self, model: PreTrainedModel, forward: Any) -> None:
-        self.device = model.device
-        self.forward = forward
-
-    def __call__(self, **options: Any) -> Any:
-        return self.forward(**options)
+PROMPTS = {"a": [5, 6, 7, 8, 9], "b": [10, 11], "c": [12] * 40}
 
 
 @pytest.fixture
-def request_(tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast) -> Request:
-    params = SamplingParams(max_tokens=5, temperature=0)
-    request = Request("r", PROMPT, params, Detokenizer(tiny_tokenizer, PROMPT))
-    request.cache = DynamicCache(config=tiny_model.config)
-    return request
+def bench(tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast) -> Bench:
+    return Bench(tiny_model, tiny_tokenizer)
 
 
-def run(model: Any, request: Request, num_tokens: int = len(PROMPT)) -> int | RequestFailedError | None:
-    (result,) = ModelRunner(model).run(ScheduledBatch([request], [num_tokens]))
-    return result
+def add_all(bench: Bench, num_tokens: int) -> None:
+    for request_id, prompt in PROMPTS.items():
+        bench.engine.add_request(request_id, prompt, greedy(num_tokens, ignore_eos=True))
 
 
-def expected_token(model: PreTrainedModel) -> int:
-    with torch.inference_mode():
-        return int(model(torch.tensor([PROMPT])).logits[0, -1].argmax())
+def answers(bench: Bench) -> dict[str, list[int]]:
+    add_all(bench, 4)
+    return {request_id: tokens_of(outputs) for request_id, outputs in bench.run().items()}
 
 
-def test_a_prompts_last_chunk_gives_a_token_and_the_others_none(
-    tiny_model: PreTrainedModel, request_: Request
-) -> None:
-    assert run(tiny_model, request_, 2) is None
-    assert run(tiny_model, request_, 2) is None
-    assert request_.num_computed_tokens == 4
-    assert run(tiny_model, request_, 1) == expected_token(tiny_model)
-    assert request_.num_computed_tokens == 5
-
-
-def test_only_the_last_position_has_logits(tiny_model: PreTrainedModel, request_: Request) -> None:
+def test_only_the_last_position_of_each_prompt_has_logits(bench: Bench) -> None:
     shapes = []
-
-    def forward(logits_to_keep: int = 0, **options: Any) -> Any:
-        outputs = tiny_model(logits_to_keep=logits_to_keep, **options)
-        shapes.append(tuple(outputs.logits.shape))
-        return outputs
-
-    assert run(Wrapped(tiny_model, forward), request_) == expected_token(tiny_model)
-    assert shapes == [(1, 1, 300)]
-
-
-def test_a_model_without_logits_to_keep_gives_the_same_token(
-    tiny_model: PreTrainedModel, request_: Request
-) -> None:
-    def forward(input_ids: Any, past_key_values: Any, use_cache: bool, return_dict: bool) -> Any:
-        return tiny_model(input_ids, past_key_values=past_key_values, use_cache=use_cache)
-
-    assert run(Wrapped(tiny_model, forward), request_) == expected_token(tiny_model)
+    bench.model.spoil = lambda input_ids, logits: shapes.append(tuple(logits.shape))
+    add_all(bench, 2)
+    bench.run()
+    assert shapes == [(1, 3, 300), (3, 1, 300)]
 
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
-def test_the_cache_comes_by_the_name_that_the_model_has_for_it(
-    tiny_model: PreTrainedModel, request_: Request, name: str
+def test_a_model_may_know_neither_logits_to_keep_nor_the_newer_name_of_its_cache(
+    bench: Bench, name: str
 ) -> None:
-    given = []
+    expected = answers(bench)
+    inner = bench.model.model
 
-    def with_cache(*, cache: Any = None, **options: Any) -> Any:
-        given.append(cache)
-        return tiny_model(past_key_values=cache, **options)
+    class Model:
+        device, config = inner.device, inner.config
 
-    def with_past_key_values(*, past_key_values: Any = None, **options: Any) -> Any:
-        return with_cache(cache=past_key_values, **options)
+        def with_cache(self, *, input_ids: Any, position_ids: Any, cache: Any, **options: Any) -> Any:
+            return inner(input_ids=input_ids, position_ids=position_ids, past_key_values=cache, **options)
 
-    forward = with_cache if name == "cache" else with_past_key_values
-    assert run(Wrapped(tiny_model, forward), request_) == expected_token(tiny_model)
-    assert given == [request_.cache]
+        def with_past_key_values(
+            self, *, input_ids: Any, position_ids: Any, past_key_values: Any, **options: Any
+        ) -> Any:
+            return self.with_cache(
+                input_ids=input_ids, position_ids=position_ids, cache=past_key_values, **options
+            )
+
+        @property
+        def forward(self) -> Any:
+            return getattr(self, f"with_{name}")
+
+        def __call__(self, **options: Any) -> Any:
+            return self.forward(**options)
+
+    runner = ModelRunner(Model(), bench.store, None, is_paged=True)  # type: ignore[arg-type]
+    bench.engine._model_runner = runner
+    assert answers(bench) == expected
 
 
-def test_no_graph_for_gradients_is_kept(tiny_model: PreTrainedModel, request_: Request) -> None:
-    run(tiny_model, request_)
-    assert isinstance(request_.cache, DynamicCache)
-    assert request_.cache.layers[0].keys.is_inference()
-
-
-def test_the_log_has_the_traceback_of_a_failed_request(
-    tiny_model: PreTrainedModel, request_: Request, caplog: pytest.LogCaptureFixture
-) -> None:
-    def forward(**options: Any) -> Any:
-        raise RuntimeError("bad kernel")
-
-    with caplog.at_level(logging.ERROR):
-        failure = run(Wrapped(tiny_model, forward), request_)
-    assert isinstance(failure, RequestFailedError)
-    assert failure.request_id == "r"
-    assert (
-        failure.__traceback__ is failure.__cause__ is failure.__context__ is None
-    )  # they would hold the cache
-    assert "request r failed" in caplog.text
-    assert "RuntimeError: bad kernel" in caplog.text
+def test_nothing_is_kept_for_gradients(bench: Bench) -> None:
+    seen = []
+    bench.model.spoil = lambda input_ids, logits: seen.append(logits.is_inference())
+    answers(bench)
+    assert all(seen)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_logits_that_are_no_numbers_fail_the_request(
-    tiny_model: PreTrainedModel, request_: Request, bad: float
-) -> None:
-    def forward(**options: Any) -> Any:
-        outputs = tiny_model(**options)
-        outputs.logits[..., 7] = bad
-        return outputs
+def test_logits_that_are_no_numbers_fail_their_request_alone(bench: Bench, bad: float) -> None:
+    expected = answers(bench)
 
-    failure = run(Wrapped(tiny_model, forward), request_)
+    def spoil(input_ids: torch.Tensor, logits: torch.Tensor) -> None:
+        if input_ids.shape == (3, 1):
+            logits[1, 0, 7] = bad
+
+    bench.model.spoil = spoil
+    add_all(bench, 4)
+    outputs = bench.run()
+    failures = [item for items in outputs.values() for item in items if isinstance(item, RequestFailedError)]
+    assert len(failures) == 1 and "not a number" in str(failures[0])
+    for request_id in PROMPTS.keys() - {failures[0].request_id}:
+        assert tokens_of(outputs[request_id]) == expected[request_id]
+
+
+def test_the_log_has_the_traceback_of_a_failed_request(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(position_ids: torch.Tensor) -> None:
+        raise RuntimeError("bad kernel")
+
+    bench.model.fail = fail
+    bench.engine.add_request("r", [5, 6], greedy(3))
+    with caplog.at_level(logging.ERROR):
+        [failure] = bench.run()["r"]
     assert isinstance(failure, RequestFailedError)
-    assert "not a number" in str(failure)
+    assert "request r failed" in caplog.text
+    assert "RuntimeError: bad kernel" in caplog.text

@@ -1,70 +1,92 @@
-"""The start-up lines tell the measured figures, aligned."""
+"""The start-up lines tell what was loaded and what the cache holds, aligned, in figures that add up."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import pytest
 from transformers import PreTrainedModel
 
-from turboquant_core import BitPlan
+from turboquant_core import BitPlan, Visibility
 from turboquant_server import startup_report
 from turboquant_server.cache_plan import CachePlan
-from turboquant_server.cache_probe import CacheMeasurement, CacheSize
+from turboquant_server.cache_size import CacheSize
 from turboquant_server.startup_report import format_report
 
-
-@pytest.fixture(autouse=True)
-def one_gibibyte(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(startup_report, "free_memory", lambda device: 2**30)
-
-
-MEASUREMENT = CacheMeasurement(
-    compressed=CacheSize(num_tokens=1024, num_bytes=2**20, bytes_per_token=256),
-    bf16=CacheSize(num_tokens=1024, num_bytes=2**21, bytes_per_token=1024),
-    bits_per_value=7.8281,
-    bits_per_further_value=4.375,
+# A token has 2 layers of 2 heads with keys and values of 64 numbers: 512 numbers.
+SIZE = CacheSize(
+    groups=(Visibility(),),
+    num_slots=10,
+    num_blocks=(100,),
+    exact_bytes=196 * 512 * 4,
+    state_bytes=0,
+    block_bytes=(64 * 512 * 4385 // 8000,),
+    bf16_block_bytes=(64 * 512 * 2,),
 )
+NUM_TOKENS = 100 * 64 + 10 * 196
+
+
+def report(
+    model: PreTrainedModel, plan: CachePlan, size: CacheSize = SIZE, quantize: str = "none"
+) -> list[str]:
+    return format_report("tiny", model, quantize, 1.234, plan, size, 2048).splitlines()
 
 
 def test_the_lines_are_aligned_and_exact(tiny_model: PreTrainedModel) -> None:
-    report = format_report("tiny", tiny_model, "int8", 1.234, CachePlan(4, 4), MEASUREMENT, 2048)
-    assert report.splitlines() == [
+    num_bytes = 10 * 196 * 512 * 4 + 100 * 17_960
+    assert report(tiny_model, CachePlan(4, 4), quantize="int8") == [
         "model      tiny (llama, 471K parameters, weights in int8, float32 on cpu)",
         "loaded in  1.2 s",
         "context    2,048 tokens",
-        "KV cache   4-bit codes, 4.375 bits per value with norms and means; "
-        "7.83 measured at 1,024 tokens, the first and the newest in float32",
-        f"room for   {1024 + (2**30 - 2**20) // 256:,} tokens in 1.0 GiB (50% of the available memory), "
-        f"against {1024 + (2**30 - 2**21) // 1024:,} in bfloat16",
+        f"KV cache   4-bit codes, {17_960 * 8 / (64 * 512):.3f} bits per value; a request's first 4 and "
+        "newest 128 tokens stay float32",
+        f"memory     {num_bytes / 2**20:.2f} MiB for {NUM_TOKENS:,} tokens; in bfloat16 it would hold "
+        f"{num_bytes // (512 * 2):,}",
+        # The prompt's part up to 4 + 3 * 512 tokens is in 24 blocks, that of an answer in as many as 29.
+        "requests   up to 10 at a time, 3 of full context",
     ]
 
 
 def test_bits_of_keys_and_values_are_told_apart(tiny_model: PreTrainedModel) -> None:
-    lines = format_report("tiny", tiny_model, "none", 1, CachePlan(4, 3), MEASUREMENT, 2048).splitlines()
-    assert len(lines) == 5
-    assert lines[3] == (
-        "KV cache   keys in 4-bit codes, values in 3-bit codes, 4.375 bits per value with norms and means; "
-        "7.83 measured at 1,024 tokens, the first and the newest in float32"
+    lines = report(tiny_model, CachePlan(4, 3))
+    assert lines[3].startswith(
+        "KV cache   keys in 4-bit codes, values in 3-bit codes, 4.385 bits per value; "
     )
+    assert len(lines) == 6
 
 
 def test_a_plan_is_told_layer_by_layer_in_order(tiny_model: PreTrainedModel) -> None:
     bit_plan = BitPlan({10: (2, 8), 2: (4, 3), 0: (8, 2)}, bits_per_value=4.375, divergence=0.01)
-    plan = CachePlan(4, 4, bit_plan)
-    lines = format_report("tiny", tiny_model, "none", 1, plan, MEASUREMENT, 2048).splitlines()
-    assert len(lines) == 7
-    assert lines[3] == (
-        "KV cache      codes of 2 to 8 bits by layer, 4.375 bits per value with norms and means; "
-        "7.83 measured at 1,024 tokens, the first and the newest in float32"
-    )
+    lines = report(tiny_model, CachePlan(4, 4, bit_plan))
+    assert len(lines) == 8
+    assert lines[3].startswith("KV cache      codes of 2 to 8 bits by layer, 4.385 bits per value; ")
     assert lines[4:6] == ["  key bits    8 4 2", "  value bits  2 3 8  (layers in order)"]
     assert all(line[14] != " " and line[13] == " " for line in lines)
 
 
-def test_a_model_that_forgets_has_room_for_any_number_of_tokens(tiny_model: PreTrainedModel) -> None:
-    size = CacheSize(1024, 1000, 0)
-    measurement = CacheMeasurement(size, size, 5, 0)
-    report = format_report("tiny", tiny_model, "none", 1, CachePlan(4, 4), measurement, 2048)
-    assert "room for   any number of tokens in 1.0 GiB" in report
+@pytest.mark.parametrize(
+    ("num_slots", "num_blocks", "text"),
+    [
+        (3, 29 * 3, "up to 3 at a time, even of full context"),
+        (3, 29 * 3 - 1, "up to 3 at a time, 2 of full context"),
+        (1, 29, "one at a time"),
+        (1000, 29 * 1000, "up to 1,000 at a time, even of full context"),
+    ],
+)
+def test_requests_are_counted_at_any_and_at_full_length(
+    tiny_model: PreTrainedModel, num_slots: int, num_blocks: int, text: str
+) -> None:
+    size = dataclasses.replace(SIZE, num_slots=num_slots, num_blocks=(num_blocks,))
+    assert report(tiny_model, CachePlan(4, 4), size)[-1] == f"requests   {text}"
+
+
+def test_a_model_that_only_has_states_claims_no_tokens(tiny_model: PreTrainedModel) -> None:
+    size = CacheSize((), 10, (), 0, 2**20, (), ())
+    assert report(tiny_model, CachePlan(4, 4), size)[3:] == [
+        "KV cache   none, only states of recurrent layers",
+        "memory     10.00 MiB of states",
+        "requests   up to 10 at a time, even of full context",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -96,20 +96,51 @@ def test_the_usage_comes_in_a_chunk_of_its_own_before_done(
         json.loads(event) if event != b"[DONE]" else None for event in events_of(response.content)
     ]
     assert last["choices"] == []
-    assert set(last["usage"]) == {"prompt_tokens", "completion_tokens", "total_tokens"}
+    assert set(last["usage"]) == {
+        "prompt_tokens",
+        "completion_tokens",
+        "total_tokens",
+        "prompt_tokens_details",
+    }
+    assert last["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
     assert all(chunk["usage"] is None for chunk in data)
 
 
+def test_a_stream_of_several_choices_gives_all_roles_first_and_ends_once(http: httpx.Client) -> None:
+    *data, done = events_of(http.post(CHAT, json=chat_body(n=3, temperature=1, seed=2)).content)
+    assert done == b"[DONE]"
+    chunks = [json.loads(chunk) for chunk in data]
+    assert all(len(chunk["choices"]) == 1 for chunk in chunks)
+    choices = [chunk["choices"][0] for chunk in chunks]
+    assert [(choice["index"], choice["delta"].get("role")) for choice in choices[:3]] == [
+        (index, "assistant") for index in range(3)
+    ]
+    assert all("role" not in choice["delta"] for choice in choices[3:])
+    ends = [choice["index"] for choice in choices if choice["finish_reason"] is not None]
+    assert sorted(ends) == [0, 1, 2]
+
+
+@pytest.mark.usefixtures("slow_steps", "idle_afterwards")
+@pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
-def test_leaving_before_the_whole_answer_is_there_frees_the_engine(server: Any, path: str) -> None:
-    subject = {"messages": MESSAGES} if path == CHAT else {"prompt": ["a", "b"]}
+def test_leaving_before_the_whole_answer_is_there_frees_the_engine(server: Any, path: str, n: int) -> None:
+    subject = {"messages": MESSAGES} if path == CHAT else {"prompt": ["a", "b" * 700]}
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(server.url + path, json={**subject, **LONG}, timeout=0.3)
+        httpx.post(server.url + path, json={**subject, **LONG, "n": n}, timeout=0.3)
 
 
-def test_the_sdk_closes_a_stream_that_is_broken_off(client: OpenAI, server: Any, slow_steps: None) -> None:
+@pytest.mark.usefixtures("slow_steps", "idle_afterwards")
+@pytest.mark.parametrize("num_answers", [1, 3, 30], ids=["one", "several", "more than run at a time"])
+def test_a_client_that_leaves_in_the_middle_of_a_stream_frees_its_blocks(
+    client: OpenAI, server: Any, num_answers: int
+) -> None:
+    num_free = server.num_free_blocks
     with client.chat.completions.create(
-        model="tiny", messages=MESSAGES, stream=True, extra_body=LONG
+        model="tiny",
+        messages=[{"role": "user", "content": f"{num_answers} " + "middle" * 150}],
+        stream=True,
+        n=num_answers,
+        extra_body=LONG,
     ) as stream:
-        next(iter(stream))
-    assert server.wait_until_idle() < SOON
+        assert any(chunk.choices[0].delta.content for chunk in stream)
+        assert server.num_free_blocks != num_free

@@ -48,10 +48,11 @@ async def create_chat_completion(
     response_id = f"chatcmpl-{uuid.uuid4().hex}"
     created = int(time.time())
     outputs = generate(model_manager.engine, [prompt], response_id)
+    num_choices = body.n or 1
     if body.stream:
         template = ChatCompletionChunk(id=response_id, created=created, model=model, choices=[])
-        return stream_events(_stream_chunks(outputs, template, body.include_usage))
-    answers = await collect(outputs, 1, http_request)
+        return stream_events(_stream_chunks(outputs, template, num_choices, body.include_usage))
+    answers = await collect(outputs, num_choices, http_request)
     return ChatCompletion(
         id=response_id,
         created=created,
@@ -64,23 +65,26 @@ async def create_chat_completion(
             )
             for index, answer in enumerate(answers)
         ],
-        usage=count_usage(answers),
+        usage=count_usage(answers, num_choices),
     )
 
 
 async def _stream_chunks(
-    outputs: Outputs, template: ChatCompletionChunk, include_usage: bool
+    outputs: Outputs, template: ChatCompletionChunk, num_choices: int, include_usage: bool
 ) -> AsyncGenerator[str, None]:
-    """Yield the chunks of one answer as JSON: its role, its text, its end and, if asked for, its usage."""
-    answer = Answer()
+    """Yield the chunks of the answers as JSON: roles, texts, ends and, if asked for, the usage."""
+    answers = [Answer() for _ in range(num_choices)]
 
     chunk = partial(format_chunk, template, include_usage)
-    yield chunk(choices=[ChunkChoice(index=0, delta={"role": "assistant", "content": ""})])
+    for index in range(num_choices):
+        yield chunk(choices=[ChunkChoice(index=index, delta={"role": "assistant", "content": ""})])
     async with aclosing(outputs):
-        async for _, output in outputs:
-            answer.add(output)
+        async for index, output in outputs:
+            answers[index].add(output)
             if output.text:
-                yield chunk(choices=[ChunkChoice(index=0, delta={"content": output.text})])
-    yield chunk(choices=[ChunkChoice(index=0, delta={}, finish_reason=answer.finish_reason)])
+                yield chunk(choices=[ChunkChoice(index=index, delta={"content": output.text})])
+            if output.finish_reason is not None:
+                end = ChunkChoice(index=index, delta={}, finish_reason=output.finish_reason)
+                yield chunk(choices=[end])
     if include_usage:
-        yield chunk(usage=count_usage([answer]))
+        yield chunk(usage=count_usage(answers, num_choices))

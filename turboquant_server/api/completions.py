@@ -46,14 +46,17 @@ async def create_completion(
     response_id = f"cmpl-{uuid.uuid4().hex}"
     template = Completion(id=response_id, created=int(time.time()), model=model, choices=[])
     outputs = generate(model_manager.engine, prompts, response_id)
+    num_choices = body.n or 1
     if body.stream:
-        return stream_events(_stream_chunks(outputs, template, len(prompts), body.include_usage))
-    answers = await collect(outputs, len(prompts), http_request)
+        return stream_events(
+            _stream_chunks(outputs, template, len(prompts), num_choices, body.include_usage)
+        )
+    answers = await collect(outputs, len(prompts) * num_choices, http_request)
     choices = [
         CompletionChoice(index=index, text=answer.text, finish_reason=answer.finish_reason)
         for index, answer in enumerate(answers)
     ]
-    return template.model_copy(update={"choices": choices, "usage": count_usage(answers)})
+    return template.model_copy(update={"choices": choices, "usage": count_usage(answers, num_choices)})
 
 
 async def _tokenize(
@@ -89,10 +92,10 @@ async def _tokenize(
 
 
 async def _stream_chunks(
-    outputs: Outputs, template: Completion, num_answers: int, include_usage: bool
+    outputs: Outputs, template: Completion, num_prompts: int, num_choices: int, include_usage: bool
 ) -> AsyncGenerator[str, None]:
     """Yield what each step adds, as JSON, the last of each answer with its end; then the usage, if wanted."""
-    answers = [Answer() for _ in range(num_answers)]
+    answers = [Answer() for _ in range(num_prompts * num_choices)]
 
     chunk = partial(format_chunk, template, include_usage)
     async with aclosing(outputs):
@@ -102,4 +105,4 @@ async def _stream_chunks(
                 choice = CompletionChoice(index=index, text=output.text, finish_reason=output.finish_reason)
                 yield chunk(choices=[choice])
     if include_usage:
-        yield chunk(usage=count_usage(answers))
+        yield chunk(usage=count_usage(answers, num_choices))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from starlette.requests import ClientDisconnect, Request
 
 from turboquant_server.api.errors import invalid_request
-from turboquant_server.api.protocol import CompletionUsage, GenerationRequest
+from turboquant_server.api.protocol import CompletionUsage, GenerationRequest, PromptTokensDetails
 from turboquant_server.engine.request import FinishReason, RequestOutput
 from turboquant_server.engine.sampling_params import SamplingParams
 
@@ -19,16 +19,17 @@ if TYPE_CHECKING:
     from turboquant_server.engine.async_engine import AsyncEngine
 
 
-# A prompt's index and what a step adds to its answer.
+# The index of an answer and what a step adds to it. Each prompt has `n` answers, one after another.
 Outputs: TypeAlias = AsyncGenerator[tuple[int, RequestOutput], None]
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What one choice of a response asks of the engine."""
+    """What one prompt of a request asks of the engine."""
 
     token_ids: list[int]
     sampling_params: SamplingParams
+    cache_salt: str
 
 
 @dataclass
@@ -37,6 +38,7 @@ class Answer:
 
     text: str = ""
     num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
     num_output_tokens: int = 0
     finish_reason: FinishReason | None = None
 
@@ -44,6 +46,7 @@ class Answer:
         """Append what one step has added."""
         self.text += output.text
         self.num_prompt_tokens = output.num_prompt_tokens
+        self.num_cached_tokens = output.num_cached_tokens
         self.num_output_tokens = output.num_output_tokens
         self.finish_reason = output.finish_reason
 
@@ -75,6 +78,7 @@ def make_prompt(
         )
     sampling_params = SamplingParams(
         max_tokens=room if max_tokens is None else min(max_tokens, room),
+        n=body.n or 1,
         temperature=1.0 if body.temperature is None else body.temperature,
         top_p=1.0 if body.top_p is None else body.top_p,
         top_k=max(body.top_k or 0, 0),
@@ -82,32 +86,39 @@ def make_prompt(
         stop=body.stop_strings,
         ignore_eos=bool(body.ignore_eos),
     )
-    return Prompt(token_ids, sampling_params)
+    return Prompt(token_ids, sampling_params, body.cache_salt or "")
 
 
 async def generate(engine: AsyncEngine, prompts: Sequence[Prompt], request_id: str) -> Outputs:
     """Generate the answers of all prompts at once; closing this generator aborts what is unfinished.
 
     Yields:
-        A prompt's index and what a step adds to its answer.
+        An answer's index and what a step adds to it.
 
     Raises:
         RequestFailedError: One of the answers could not be finished.
         EngineDeadError: The engine has ended.
     """
+    if len(prompts) == 1:  # nearly always, and then nothing has to be joined
+        [prompt] = prompts
+        request = engine.generate(prompt.token_ids, prompt.sampling_params, request_id, prompt.cache_salt)
+        async with aclosing(request):
+            async for addition in request:
+                yield addition.choice_index, addition
+        return
     outputs: asyncio.Queue[tuple[int, RequestOutput | Exception]] = asyncio.Queue()
 
     async def pump(index: int, prompt: Prompt) -> None:
         try:
             async for output in engine.generate(
-                prompt.token_ids, prompt.sampling_params, f"{request_id}-{index}"
+                prompt.token_ids, prompt.sampling_params, f"{request_id}-{index}", prompt.cache_salt
             ):
-                outputs.put_nowait((index, output))
+                outputs.put_nowait((index * prompt.sampling_params.n + output.choice_index, output))
         except Exception as error:
             outputs.put_nowait((index, error))
 
     tasks = [asyncio.create_task(pump(index, prompt)) for index, prompt in enumerate(prompts)]
-    num_unfinished = len(tasks)
+    num_unfinished = sum(prompt.sampling_params.n for prompt in prompts)
     try:
         while num_unfinished:
             index, output = await outputs.get()
@@ -153,13 +164,16 @@ async def collect(outputs: Outputs, num_answers: int, http_request: Request) -> 
     return answers
 
 
-def count_usage(answers: Iterable[Answer]) -> CompletionUsage:
-    """Return the tokens of all answers and their prompts."""
-    answers = list(answers)
-    num_prompt_tokens = sum(answer.num_prompt_tokens for answer in answers)
+def count_usage(answers: Sequence[Answer], num_choices: int) -> CompletionUsage:
+    """Return the tokens of all answers and their prompts; a prompt counts once, with all its answers."""
+    firsts = answers[::num_choices]
+    num_prompt_tokens = sum(answer.num_prompt_tokens for answer in firsts)
     num_output_tokens = sum(answer.num_output_tokens for answer in answers)
     return CompletionUsage(
         prompt_tokens=num_prompt_tokens,
         completion_tokens=num_output_tokens,
         total_tokens=num_prompt_tokens + num_output_tokens,
+        prompt_tokens_details=PromptTokensDetails(
+            cached_tokens=sum(answer.num_cached_tokens for answer in firsts)
+        ),
     )

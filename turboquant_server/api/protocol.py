@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 MAX_STOP_STRINGS = 16
 MAX_PROMPTS = 2048
+MAX_CHOICES = 128
 # Bounds what requests can make the server log and remember.
 MAX_LOGGED_FIELDS = 100
 MAX_LOGGED_LENGTH = 100
@@ -116,7 +117,11 @@ class GenerationRequest(RequestModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
-    n: Annotated[Any, only(1)] = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    # Requests with different ones share nothing, so that nobody learns from the time to the first token what
+    # others have asked.
+    cache_salt: Annotated[Text, Field(min_length=1)] | None = None
+
     frequency_penalty: Annotated[Any, only(0)] = None
     presence_penalty: Annotated[Any, only(0)] = None
     logit_bias: Annotated[Any, only({})] = None
@@ -206,12 +211,19 @@ class CompletionRequest(GenerationRequest):
     suffix: Annotated[Any, only("")] = None
 
 
+class PromptTokensDetails(BaseModel):
+    """How many of a prompt's tokens did not have to be computed."""
+
+    cached_tokens: int
+
+
 class CompletionUsage(BaseModel):
     """How many tokens a request took."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class ChatCompletionMessage(BaseModel):

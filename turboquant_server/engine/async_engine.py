@@ -27,6 +27,7 @@ class _Add:
     request_id: str
     prompt_token_ids: list[int]
     sampling_params: SamplingParams
+    cache_salt: str
 
 
 @dataclass(frozen=True)
@@ -103,17 +104,22 @@ class AsyncEngine:
         return len(self._engine.scheduler.running)
 
     async def generate(
-        self, prompt_token_ids: list[int], sampling_params: SamplingParams, request_id: str
+        self,
+        prompt_token_ids: list[int],
+        sampling_params: SamplingParams,
+        request_id: str,
+        cache_salt: str = "",
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Generate an answer; stopping early, by aclose() or cancellation, aborts the request.
+        """Generate one answer or several; stopping early, by aclose() or cancellation, aborts the request.
 
         Args:
             prompt_token_ids: 1 to max_model_len - 1 tokens of the model's vocabulary.
             sampling_params: What is asked of the sampler and of the stop conditions.
             request_id: One that no earlier request had.
+            cache_salt: Only requests with the same one share parts of their prompts' caches.
 
         Yields:
-            What each step adds, the last one with a finish reason.
+            What each step adds to a choice, the last of each choice with a finish reason.
 
         Raises:
             ValueError: The prompt is not what it must be, or the id is in use.
@@ -124,23 +130,24 @@ class AsyncEngine:
         if request_id in self._streams:
             raise ValueError(f"request id {request_id!r} is in use")
         stream = _Stream(asyncio.get_running_loop(), asyncio.Queue())
-        finished = False
+        num_unfinished = sampling_params.n
         self._streams[request_id] = stream
         try:
             # Looked at after the stream is listed: a death from here on reaches the stream.
             if self._death is not None:
                 raise EngineDeadError(str(self._death))
             self._unseen.add(request_id)
-            self._inbox.put(_Add(request_id, prompt_token_ids, sampling_params))
-            while not finished:
+            self._inbox.put(_Add(request_id, prompt_token_ids, sampling_params, cache_salt))
+            while num_unfinished:
                 item = await stream.items.get()
-                finished = not isinstance(item, RequestOutput) or item.finish_reason is not None
                 if not isinstance(item, RequestOutput):
+                    num_unfinished = 0  # the engine has ended the other choices too
                     raise item
+                num_unfinished -= item.finish_reason is not None
                 yield item
         finally:
             del self._streams[request_id]
-            if not finished:
+            if num_unfinished:
                 self._inbox.put(_Abort(request_id))
 
     def _run(self) -> None:
@@ -173,7 +180,10 @@ class AsyncEngine:
             else:
                 self._unseen.discard(message.request_id)
                 self._engine.add_request(
-                    message.request_id, message.prompt_token_ids, message.sampling_params
+                    message.request_id,
+                    message.prompt_token_ids,
+                    message.sampling_params,
+                    message.cache_salt,
                 )
 
     def _deliver(self, outputs: list[StepOutput]) -> None:

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+import secrets
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, TypeAlias
 
 from turboquant_server.engine.detokenizer import Detokenizer
-from turboquant_server.engine.request import FinishReason, Request, RequestFailedError, RequestOutput
+from turboquant_server.engine.request import (
+    FinishReason,
+    Request,
+    RequestFailedError,
+    RequestOutput,
+    RequestStatus,
+)
+from turboquant_server.engine.sampler import INVALID_TOKEN_ID
 from turboquant_server.engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from turboquant_server.engine.model_runner import ModelRunner
-    from turboquant_server.engine.scheduler import Scheduler
+    from turboquant_server.engine.scheduler import ScheduledRequest, Scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -55,16 +63,39 @@ class Engine:
         return bool(self.scheduler.waiting or self.scheduler.running)
 
     def add_request(
-        self, request_id: str, prompt_token_ids: list[int], sampling_params: SamplingParams
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        sampling_params: SamplingParams,
+        cache_salt: str = "",
     ) -> None:
         """Queue a request; its outputs come from the steps that follow.
+
+        Args:
+            request_id: One that no earlier request had.
+            prompt_token_ids: 1 to max_model_len - 1 tokens of the model's vocabulary.
+            sampling_params: What is asked of the sampler and of the stop conditions.
+            cache_salt: Only requests with the same one share parts of their prompts' caches.
 
         Raises:
             ValueError: The prompt is empty, leaves no room for a token, or has a token that the model lacks.
         """
         self.check_prompt(prompt_token_ids)
-        detokenizer = Detokenizer(self._tokenizer, prompt_token_ids, sampling_params.stop)
-        self.scheduler.add(Request(request_id, prompt_token_ids, sampling_params, detokenizer))
+        seed = secrets.randbits(63) if sampling_params.seed is None else sampling_params.seed
+        choices = [
+            Request(
+                request_id,
+                prompt_token_ids,
+                sampling_params,
+                Detokenizer(self._tokenizer, prompt_token_ids, sampling_params.stop),
+                seed=seed,
+                choice_index=index,
+                cache_salt=cache_salt.encode(),
+            )
+            for index in range(sampling_params.n)
+        ]
+        first, *first.forks = choices
+        self.scheduler.add(first)
 
     def check_prompt(self, prompt_token_ids: list[int]) -> None:
         """Raise the ValueError of add_request; safe on any thread."""
@@ -76,41 +107,70 @@ class Engine:
 
     def abort_request(self, request_id: str) -> None:
         """End a request, wherever it is, without another output. An unknown or finished one is no error."""
-        request = self.scheduler.find(request_id)
-        if request is not None:
-            self.scheduler.finish(request, FinishReason.ABORT)
+        for choice in self.scheduler.find(request_id):
+            self.scheduler.finish(choice, FinishReason.ABORT)
 
     def step(self) -> list[StepOutput]:
         """Compute one step of all running requests and return their outputs and failures."""
         batch = self.scheduler.schedule()
         results = self._model_runner.run(batch)
-        return [
-            self._process(request, result)
-            for request, result in zip(batch.requests, results, strict=True)
-            if result is not None
-        ]
+        return [output for scheduled, result in results for output in self._process(scheduled, result)]
 
-    def _process(self, request: Request, result: int | RequestFailedError) -> StepOutput:
+    def _process(
+        self, scheduled: ScheduledRequest, result: list[int] | RequestFailedError
+    ) -> Iterator[StepOutput]:
+        """Take in what a step has computed of a request: a token for it and each of its forks, or none."""
+        request = scheduled.request
+        if request.status is not RequestStatus.RUNNING:
+            return  # another choice of the same request has just failed
         if isinstance(result, RequestFailedError):
-            self.scheduler.finish(request, FinishReason.ABORT)
-            return result
-        request.token_ids.append(result)
+            self.abort_request(request.request_id)
+            yield result
+            return
+        self.scheduler.advance(scheduled)
+        if not result:
+            return
+        for choice in (request, *self._fork(request)):
+            # A choice that has no slot yet will draw the same token again.
+            output = self._append(choice, result[choice.choice_index - request.choice_index])
+            yield output
+            if isinstance(output, RequestFailedError):
+                return
+
+    def _fork(self, request: Request) -> list[Request]:
+        assert request.cache is not None
+        started = self.scheduler.fork(request)
+        for _, slot in started:
+            self._model_runner.copy_slot(request.cache.slot, slot)
+        return [fork for fork, _ in started]
+
+    def _append(self, request: Request, token_id: int) -> StepOutput:
+        if token_id == INVALID_TOKEN_ID:
+            logger.error("request %s got logits that are not finite", request.request_id)
+            self.abort_request(request.request_id)
+            message = (
+                "The model's output is not a number; a wider dtype, such as bfloat16 or float32, may help."
+            )
+            return RequestFailedError(request.request_id, message)
+        request.token_ids.append(token_id)
         try:
-            text, finish_reason = self._extend_text(request, result)
+            text, finish_reason = self._extend_text(request, token_id)
         except Exception:
             # A model may generate ids that its tokenizer cannot decode; only this request suffers.
-            logger.exception("request %s generated token %d, which has no text", request.request_id, result)
-            self.scheduler.finish(request, FinishReason.ABORT)
-            return RequestFailedError(request.request_id, f"The tokenizer cannot decode token {result}.")
+            logger.exception("request %s generated token %d, which has no text", request.request_id, token_id)
+            self.abort_request(request.request_id)
+            return RequestFailedError(request.request_id, f"The tokenizer cannot decode token {token_id}.")
         if finish_reason is not None:
             self.scheduler.finish(request, finish_reason)
         return RequestOutput(
             request_id=request.request_id,
             text=text,
-            token_ids=[result],
+            token_ids=[token_id],
             num_prompt_tokens=request.num_prompt_tokens,
             num_output_tokens=request.num_output_tokens,
             finish_reason=finish_reason,
+            num_cached_tokens=request.num_cached_tokens,
+            choice_index=request.choice_index,
         )
 
     def _extend_text(self, request: Request, token_id: int) -> tuple[str, FinishReason | None]:

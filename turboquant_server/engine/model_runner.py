@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import inspect
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from turboquant_core import cache_argument
+from turboquant_core import (
+    Chunk,
+    DecodeAttention,
+    DenseCache,
+    PagedStore,
+    PassThroughCache,
+    PrefillAttention,
+    StatePool,
+    cache_argument,
+    forward_context,
+    plan_decode,
+)
 from turboquant_server.engine.request import Request, RequestFailedError
-from turboquant_server.engine.sampler import INVALID_TOKEN_ID, sample
-from turboquant_server.engine.scheduler import ScheduledBatch
+from turboquant_server.engine.sampler import SamplingRow, sample
+from turboquant_server.engine.scheduler import ScheduledBatch, ScheduledRequest
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import Cache, PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -24,59 +37,178 @@ class ModelRunner:
 
     Args:
         model: A causal language model of transformers, in evaluation mode, on its device.
+        store: Holds the keys and values.
+        states: Holds what recurrent layers remember, if the model has any.
+        is_paged: The model attends on the store; otherwise it gets the past as it gets it in transformers.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(
+        self, model: PreTrainedModel, store: PagedStore, states: StatePool | None, *, is_paged: bool
+    ) -> None:
         self._model = model
-        # Only the last position's logits are needed; a long chunk's would take more memory than its cache.
-        takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._forward_options = {"logits_to_keep": 1} if takes_logits_to_keep else {}
+        self._store = store
+        self._states = states
+        self._is_paged = is_paged
         self._cache_argument = cache_argument(model)
+        parameters = inspect.signature(model.forward).parameters
+        self._takes_positions = "position_ids" in parameters
+        # Only some positions' logits are needed; a long chunk's would take more memory than its cache.
+        self._takes_logits_to_keep = "logits_to_keep" in parameters
 
-    def run(self, batch: ScheduledBatch) -> list[int | RequestFailedError | None]:
+    def run(self, batch: ScheduledBatch) -> list[tuple[ScheduledRequest, list[int] | RequestFailedError]]:
         """Compute one step.
 
         Returns:
-            For each request its new token, None while its prompt is incomplete, or why it failed. The
-            failure of one request leaves the others alone.
+            For each request its new token and one for each of its forks, nothing while its prompt is
+            incomplete, or why it failed. The failure of one request leaves the others alone.
         """
+        scheduled = [*batch.prefills, *batch.decodes]
+        logits = [
+            *self._compute(batch.prefills, is_decode=False),
+            *self._compute(batch.decodes, is_decode=True),
+        ]
+        tokens = iter(self._sample(scheduled, logits))
         return [
-            self._run_request(request, num_tokens)
-            for request, num_tokens in zip(batch.requests, batch.num_scheduled_tokens, strict=True)
+            (item, row if isinstance(row, RequestFailedError) else [next(tokens) for _ in _choices(item)])
+            for item, row in zip(scheduled, logits, strict=True)
         ]
 
-    def _run_request(self, request: Request, num_tokens: int) -> int | RequestFailedError | None:
-        try:
-            token_id = self._compute(request, num_tokens)
-        except torch.OutOfMemoryError:
-            logger.exception("request %s ran out of memory", request.request_id)
-            return RequestFailedError(request.request_id, "The device ran out of memory on this request.")
-        except Exception as error:
-            logger.exception("request %s failed", request.request_id)
-            # The error itself stays here: its traceback holds the cache and the activations.
-            message = f"The model failed on this request ({type(error).__name__}); the log has the details."
-            return RequestFailedError(request.request_id, message)
-        if token_id == INVALID_TOKEN_ID:
-            logger.error("request %s got logits that are not finite", request.request_id)
-            message = (
-                "The model's output is not a number; a wider dtype, such as bfloat16 or float32, may help."
-            )
-            return RequestFailedError(request.request_id, message)
-        return token_id
+    def copy_slot(self, source: int, target: int) -> None:
+        """Give one slot what another holds."""
+        self._store.copy_slot(source, target)
+        if self._states is not None:
+            self._states.copy_slot(source, target)
 
     @torch.inference_mode()
-    def _compute(self, request: Request, num_tokens: int) -> int | None:
-        start = request.num_computed_tokens
-        end = start + num_tokens
-        input_ids = torch.tensor([request.token_ids[start:end]], device=self._model.device)
+    def forward(self, scheduled: Sequence[ScheduledRequest], *, is_decode: bool) -> list[Tensor]:
+        """Compute tokens into the caches and return the logits ``[vocab_size]`` of each request's last one.
+
+        Args:
+            scheduled: At least one request.
+            is_decode: Each has one chunk of one token.
+        """
+        if len(scheduled) > 1 and not self._is_batched(is_decode):
+            return [row for item in scheduled for row in self.forward([item], is_decode=is_decode)]
+        if not self._is_paged:
+            return [self._forward_dense(scheduled[0])]
+        if is_decode:
+            chunks = [item.chunks[0] for item in scheduled]
+            plans = [
+                plan_decode(chunks, group, visibility, self._store.timeline, self._store.device)
+                for group, visibility in enumerate(self._store.visibilities)
+            ]
+            with forward_context(DecodeAttention(self._store, plans)):
+                return list(self._forward(scheduled, num_rows=len(scheduled)))
+        chunks = [chunk for item in scheduled for chunk in item.chunks]
+        with forward_context(PrefillAttention(self._store, chunks)):
+            return list(self._forward(scheduled, num_rows=1))
+
+    def _is_batched(self, is_decode: bool) -> bool:
+        """Tell whether several requests go through the model at once."""
+        # Layers that remember would take one prompt's tokens for the continuation of another's.
+        return self._is_paged and (is_decode or self._states is None)
+
+    def _forward(self, scheduled: Sequence[ScheduledRequest], num_rows: int) -> Tensor:
+        """Run the model on all chunks in `num_rows` rows; return the last logits of each request."""
+        chunks = [chunk for item in scheduled for chunk in item.chunks]
+        counts = torch.tensor([sum(chunk.num_tokens for chunk in item.chunks) for item in scheduled])
+        wanted = counts.cumsum(0).sub_(1) if num_rows == 1 else torch.zeros(1, dtype=torch.int64)
+        token_ids = [item.request.token_ids[c.start : c.end] for item in scheduled for c in item.chunks]
+        slots = [item.chunks[0].cache.slot for item in scheduled]
+        cache = PassThroughCache(self._model.config)
+        return self._run_model(token_ids, chunks, num_rows, wanted, cache, slots).flatten(0, 1)
+
+    def _forward_dense(self, scheduled: ScheduledRequest) -> Tensor:
+        """Run the model chunk by chunk, each with its past as one tensor."""
+        for chunk in scheduled.chunks:
+            token_ids = scheduled.request.token_ids[chunk.start : chunk.end]
+            cache = DenseCache(self._model.config, self._store, chunk)
+            wanted = torch.tensor([chunk.num_tokens - 1])
+            logits = self._run_model([token_ids], [chunk], 1, wanted, cache, [chunk.cache.slot])
+        return logits[0, 0]
+
+    def _run_model(
+        self,
+        token_ids: Sequence[Sequence[int]],
+        chunks: Sequence[Chunk],
+        num_rows: int,
+        wanted: Tensor,
+        cache: Cache,
+        slots: list[int],
+    ) -> Tensor:
+        """Return logits ``[num_rows, num_wanted, vocab_size]`` at the wanted places of each row."""
+        device = self._model.device
+        options: dict[str, Any] = {self._cache_argument: cache}
+        if self._takes_positions:
+            positions = [range(chunk.start, chunk.end) for chunk in chunks]
+            options["position_ids"] = _rows(positions, num_rows, device)
+        if self._takes_logits_to_keep:
+            options["logits_to_keep"] = wanted.to(device)
+        if self._states is not None and chunks[0].start > 0:
+            self._states.load(cache, slots)
         outputs = self._model(
-            input_ids=input_ids,
-            use_cache=True,
-            return_dict=True,
-            **self._forward_options,
-            **{self._cache_argument: request.cache},
+            input_ids=_rows(token_ids, num_rows, device), use_cache=True, return_dict=True, **options
         )
-        request.num_computed_tokens = end
-        if end < request.num_tokens:
-            return None
-        return int(sample(outputs.logits[0, -1], request.sampling_params, request.seed, position=end))
+        if self._states is not None:
+            self._states.store(cache, slots)
+        logits: Tensor = outputs.logits
+        return logits if self._takes_logits_to_keep else logits[:, wanted]
+
+    def _compute(
+        self, scheduled: Sequence[ScheduledRequest], *, is_decode: bool
+    ) -> list[Tensor | RequestFailedError]:
+        """Return each request's logits; if all together fail, each alone, so that only the culprit does."""
+        if not scheduled:
+            return []
+        failures: list[RequestFailedError] = []
+        try:
+            return list(self.forward(scheduled, is_decode=is_decode))
+        except Exception as error:
+            if len(scheduled) == 1:
+                request_id = scheduled[0].request.request_id
+                logger.exception("request %s failed", request_id)
+                # The error itself stays here: its traceback holds the activations.
+                failures = [_failure(request_id, error)]
+            else:
+                logger.warning(
+                    "a step of %d requests failed and is tried again", len(scheduled), exc_info=True
+                )
+        if failures:
+            return list(failures)
+        # Computing the same tokens again leaves the same in the caches.
+        return [result for item in scheduled for result in self._compute([item], is_decode=is_decode)]
+
+    @torch.inference_mode()
+    def _sample(
+        self, scheduled: Sequence[ScheduledRequest], logits: Sequence[Tensor | RequestFailedError]
+    ) -> list[int]:
+        """Draw the tokens of all choices of all requests that have not failed, in this order."""
+        drawn = [
+            (row, SamplingRow(choice.sampling_params, choice.seed, choice.choice_index, item.chunks[-1].end))
+            for item, row in zip(scheduled, logits, strict=True)
+            if isinstance(row, Tensor)
+            for choice in _choices(item)
+        ]
+        if not drawn:
+            return []
+        rows, parameters = zip(*drawn, strict=True)
+        return list(map(int, sample(torch.stack(rows), parameters).tolist()))
+
+
+def _choices(scheduled: ScheduledRequest) -> list[Request]:
+    """Return the choices that get a token when these chunks are computed."""
+    request = scheduled.request
+    return [request, *request.forks] if scheduled.chunks[-1].end == request.num_tokens else []
+
+
+def _rows(values: Sequence[Sequence[int]], num_rows: int, device: torch.device) -> Tensor:
+    flat = [number for part in values for number in part]
+    return torch.tensor(flat, device=device).view(num_rows, -1)
+
+
+def _failure(request_id: str, error: Exception) -> RequestFailedError:
+    if isinstance(error, torch.OutOfMemoryError):
+        message = "The device ran out of memory on this request."
+    else:
+        message = f"The model failed on this request ({type(error).__name__}); the log has the details."
+    return RequestFailedError(request_id, message)

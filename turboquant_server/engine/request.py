@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import secrets
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from transformers import Cache
-
+    from turboquant_core import RequestCache
     from turboquant_server.engine.detokenizer import Detokenizer
     from turboquant_server.engine.sampling_params import SamplingParams
 
@@ -31,19 +29,24 @@ class FinishReason(str, Enum):
 
 
 class Request:
-    """Follow one request from the inbox to its last token. Only the engine thread changes it.
+    """Follow one choice of a request from the inbox to its last token. Only the engine thread changes it.
 
     Args:
-        request_id: One that no earlier request had.
+        request_id: Of the request that this is a choice of.
         prompt_token_ids: At least one token.
         sampling_params: What was asked of the sampler and of the stop conditions.
-        detokenizer: Turns this request's tokens into text.
+        detokenizer: Turns this choice's tokens into text.
+        seed: What the sampler draws from.
+        choice_index: Which of the request's choices this is.
+        cache_salt: Only requests with the same one share blocks.
 
     Attributes:
         token_ids: The prompt's tokens, then the generated ones.
         num_computed_tokens: How many of ``token_ids`` lie in the cache.
+        num_cached_tokens: How many of the prompt were found there at the first admission.
         cache: The request's compressed KV cache while it runs, else None.
-        seed: What the sampler draws from; random where the request names none.
+        forks: The other choices, until this one's prompt is computed.
+        arrival: Place in the order in which requests came.
     """
 
     def __init__(
@@ -52,22 +55,36 @@ class Request:
         prompt_token_ids: list[int],
         sampling_params: SamplingParams,
         detokenizer: Detokenizer,
+        *,
+        seed: int = 0,
+        choice_index: int = 0,
+        cache_salt: bytes = b"",
     ) -> None:
         self.request_id = request_id
         self.sampling_params = sampling_params
         self.detokenizer = detokenizer
-        self.seed = secrets.randbits(63) if sampling_params.seed is None else sampling_params.seed
+        self.seed = seed
+        self.choice_index = choice_index
+        self.cache_salt = cache_salt
+        self.forks: list[Request] = []
+        self.arrival = 0
         self.token_ids = list(prompt_token_ids)
         self.num_prompt_tokens = len(prompt_token_ids)
         self.num_computed_tokens = 0
+        self.num_cached_tokens = 0
         self.status = RequestStatus.WAITING
         self.finish_reason: FinishReason | None = None
-        self.cache: Cache | None = None
+        self.cache: RequestCache | None = None
 
     @property
     def num_tokens(self) -> int:
         """Count the tokens of prompt and output."""
         return len(self.token_ids)
+
+    @property
+    def is_decoding(self) -> bool:
+        """Tell whether nothing but the last generated token is to be computed."""
+        return self.num_prompt_tokens <= self.num_computed_tokens == self.num_tokens - 1
 
     @property
     def num_output_tokens(self) -> int:
@@ -84,7 +101,9 @@ class RequestOutput:
         text: The new text only; whole characters, never any part of a stop string that matched.
         token_ids: The new tokens only.
         num_prompt_tokens: Tokens of the prompt.
-        num_output_tokens: Tokens generated so far, these included.
+        num_output_tokens: Tokens of this choice generated so far, these included.
+        num_cached_tokens: Tokens of the prompt that were found in the cache.
+        choice_index: Which of the request's choices this belongs to.
         finish_reason: Why the request ended, on its last output; None before.
     """
 
@@ -94,6 +113,8 @@ class RequestOutput:
     num_prompt_tokens: int
     num_output_tokens: int
     finish_reason: FinishReason | None
+    num_cached_tokens: int = 0
+    choice_index: int = 0
 
 
 class RequestFailedError(RuntimeError):

@@ -1,12 +1,17 @@
-"""Logits to one token, on the logits' device. Knows no request and no model.
+"""Logits to tokens, on the logits' device and without waiting for it. Knows no request and no model.
 
 The random choice is the Gumbel-max rule: adding independent Gumbel noise to log-probabilities and taking the
-largest is a draw from the distribution. The noise is a pure function of (seed, position, vocabulary index) by
-integer arithmetic that is the same on every device, so a seeded request gets its tokens whatever runs beside
-it. All is done in float64, so that neither rare tokens nor tiny temperatures are distorted.
+largest is a draw from the distribution. The noise is a pure function of (seed, choice index, position,
+vocabulary index) by integer arithmetic that is the same on every device. Rows never meet, and what is summed
+along a row is integers, in which the order does not matter; so a row gets its token, to the bit, whatever
+rows are beside it. All else is done in float64, so that neither rare tokens nor tiny temperatures are
+distorted.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,6 +21,10 @@ from turboquant_server.engine.sampling_params import SamplingParams
 # What the sampler returns in place of a token when the logits hold NaN or infinity.
 INVALID_TOKEN_ID = -1
 
+# Bounds what drawing takes from the cache's memory: a float64 tensor of so many elements is 64 MiB, and
+# sorting and noise hold up to nine at a time. So many already fill a large GPU; more at once is no faster.
+_MAX_ELEMENTS_AT_ONCE = 1 << 23
+
 # SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014).
 _INCREMENT = 0x9E3779B97F4A7C15
 _MULTIPLIERS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
@@ -23,63 +32,125 @@ _FINAL_SHIFT = 31
 _MASK_64 = (1 << 64) - 1
 
 
-def sample(logits: Tensor, sampling_params: SamplingParams, seed: int, position: int) -> Tensor:
-    """Choose the next token.
+@dataclass(frozen=True)
+class SamplingRow:
+    """Hold what decides the token of one row of logits.
 
-    Args:
-        logits: ``[vocab_size]``, any float dtype.
+    Attributes:
         sampling_params: temperature, top_k and top_p, applied in this order. Of equally likely tokens the
             one with the lower id counts as the likelier, as in argmax; so top_k keeps exactly k tokens.
         seed: Any integer.
+        choice_index: Index among the answers to one prompt, which share its seed.
         position: Index in the sequence of the token to choose.
+    """
+
+    sampling_params: SamplingParams
+    seed: int
+    choice_index: int
+    position: int
+
+    @property
+    def noise_key(self) -> int:
+        """Where `gumbel_noise` starts: seed, choice index and position mixed in turn, as signed 64 bits."""
+        key = _splitmix64(self.seed & _MASK_64)
+        return _signed(_splitmix64(_splitmix64(key ^ self.choice_index) ^ self.position))
+
+
+def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """Choose the next token of each row.
+
+    Args:
+        logits: ``[num_rows, vocab_size]``, any float dtype.
+        rows: One for each row of the logits.
 
     Returns:
-        The token id, int64 without dimensions, on the logits' device; ``INVALID_TOKEN_ID`` where the logits
-        hold NaN or plus infinity, or nothing but minus infinity.
+        The token ids, int64 ``[num_rows]``, on the logits' device; ``INVALID_TOKEN_ID`` where the row's
+        logits hold NaN or plus infinity, or nothing but minus infinity.
+
+    Raises:
+        ValueError: There are more or fewer rows than logits.
     """
-    highest = logits.max()
-    if sampling_params.temperature == 0:
-        token_id = logits.argmax()
-    else:
-        # The highest becomes 0 first, so that no temperature, however small, makes infinities or NaN.
-        scores = (logits.double() - highest) / sampling_params.temperature
-        noise = gumbel_noise(logits.shape[-1], seed, position, logits.device)
-        if sampling_params.top_k or sampling_params.top_p < 1:
-            scores, token_ids = keep_most_likely(scores, sampling_params.top_k, sampling_params.top_p)
-            token_id = token_ids[(scores + noise[token_ids]).argmax()]
-        else:
-            token_id = (scores + noise).argmax()
-    return torch.where(highest.isfinite(), token_id, INVALID_TOKEN_ID)
+    if len(rows) != len(logits):
+        raise ValueError(f"logits of {len(logits)} rows need as many sampling rows, got {len(rows)}")
+    highest, token_ids = logits.max(dim=-1)
+    drawn = [index for index, row in enumerate(rows) if row.sampling_params.temperature > 0]
+    # Sorting is most of the work, so the rows that need none are kept apart.
+    truncated = [index for index in drawn if _is_truncated(rows[index].sampling_params)]
+    whole = [index for index in drawn if not _is_truncated(rows[index].sampling_params)]
+    num_at_once = max(1, _MAX_ELEMENTS_AT_ONCE // logits.shape[-1])
+    for group in (truncated, whole):
+        for start in range(0, len(group), num_at_once):
+            part = group[start : start + num_at_once]
+            indices = _upload(part, torch.int64, logits.device)
+            tokens = _draw(logits[indices], highest[indices], [rows[index] for index in part])
+            token_ids.index_copy_(0, indices, tokens)
+    return torch.where(highest.isfinite(), token_ids, INVALID_TOKEN_ID)
 
 
-def keep_most_likely(scores: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
-    """Sort ``[vocab_size]`` scores downwards and set those that top_k and top_p remove to minus infinity.
+def _is_truncated(sampling_params: SamplingParams) -> bool:
+    return sampling_params.top_k > 0 or sampling_params.top_p < 1
+
+
+def _draw(logits: Tensor, highest: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """Draw from rows of which either all or none are truncated."""
+    temperatures = _upload([row.sampling_params.temperature for row in rows], torch.float64, logits.device)
+    keys = _upload([row.noise_key for row in rows], torch.int64, logits.device)
+    # The highest becomes 0 first, so that no temperature, however small, makes infinities or NaN.
+    scores = (logits.double() - highest[:, None]).div_(temperatures[:, None])
+    noise = gumbel_noise(keys, logits.shape[-1])
+    if not _is_truncated(rows[0].sampling_params):
+        return noise.add_(scores).argmax(dim=-1)
+    scores, token_ids = keep_most_likely(scores, [row.sampling_params for row in rows])
+    places = scores.add_(noise.gather(1, token_ids)).argmax(dim=-1, keepdim=True)
+    return token_ids.gather(1, places)[:, 0]
+
+
+def keep_most_likely(scores: Tensor, sampling_params: Sequence[SamplingParams]) -> tuple[Tensor, Tensor]:
+    """Sort rows of scores downwards and set those that top_k and top_p remove to minus infinity.
+
+    Args:
+        scores: ``[num_rows, vocab_size]``, float64, the highest of each row 0.
+        sampling_params: One for each row.
 
     Returns:
         The sorted scores and the token id of each.
     """
-    scores, token_ids = scores.sort(descending=True, stable=True)
-    if top_k:
-        scores[top_k:] = -torch.inf
-    if top_p < 1:
-        probabilities = scores.softmax(dim=-1)
-        # A token stays while the likelier ones do not reach top_p; the first always does.
-        reached_before = probabilities.cumsum(dim=-1).roll(1)
-        reached_before[0] = 0
-        scores[reached_before >= top_p] = -torch.inf
-    return scores, token_ids
+    vocab_size = scores.shape[-1]
+    top_k = [min(params.top_k or vocab_size, vocab_size) for params in sampling_params]
+    # No probability reaches infinity: a top_p of 1 keeps also the tokens whose weight rounds to 0.
+    top_p = [params.top_p if params.top_p < 1 else torch.inf for params in sampling_params]
+    scores, token_ids = scores.sort(dim=-1, descending=True, stable=True)
+    ranks = torch.arange(vocab_size, device=scores.device)
+    scores.masked_fill_(ranks >= _upload(top_k, torch.int64, scores.device)[:, None], -torch.inf)
+    # Devices add floats in an order that depends on the number of rows, and on chance. Integers have no such
+    # order; with this scale the sum of a row stays below 2**62, and 128k tokens are weighed to 2**-45.
+    weights = (scores.exp() * 2.0 ** (62 - vocab_size.bit_length())).round_().long()
+    reached = weights.cumsum(dim=-1)
+    # A token stays while the likelier ones do not reach top_p; the first always does.
+    enough = reached[:, -1:] * _upload(top_p, torch.float64, scores.device)[:, None]
+    return scores.masked_fill_(reached.sub_(weights) >= enough, -torch.inf), token_ids
 
 
-def gumbel_noise(vocab_size: int, seed: int, position: int, device: torch.device) -> Tensor:
-    """Return standard Gumbel noise, float64 ``[vocab_size]``, that depends on nothing but the arguments."""
-    key = _splitmix64(_splitmix64(seed & _MASK_64) ^ position)
-    bits = torch.arange(1, vocab_size + 1, device=device) * _signed(_INCREMENT) + _signed(key)
+def gumbel_noise(keys: Tensor, vocab_size: int) -> Tensor:
+    """Return standard Gumbel noise that depends on nothing but the key and the vocabulary index.
+
+    Token i of a row gets output i of the SplitMix64 generator that starts in the state
+    ``mix(mix(mix(seed) ^ choice_index) ^ position)``, where mix(state) is the generator's output 0.
+
+    Args:
+        keys: ``[num_rows]``, int64, the `SamplingRow.noise_key` of each row.
+        vocab_size: Number of tokens.
+
+    Returns:
+        Float64 ``[num_rows, vocab_size]``.
+    """
+    bits = torch.arange(1, vocab_size + 1, device=keys.device) * _signed(_INCREMENT) + keys[:, None]
     for shift, multiplier in _MULTIPLIERS:
-        bits = (bits ^ _logical_shift(bits, shift)) * _signed(multiplier)
-    bits = bits ^ _logical_shift(bits, _FINAL_SHIFT)
+        bits.bitwise_xor_(_logical_shift(bits, shift)).mul_(_signed(multiplier))
+    bits.bitwise_xor_(_logical_shift(bits, _FINAL_SHIFT))
     # 52 bits and the half are exact in float64, and the half keeps the uniform number off 0 and 1.
-    uniform = (_logical_shift(bits, 64 - 52).double() + 0.5) * 2.0**-52
-    return -torch.log(-torch.log(uniform))
+    uniform = _logical_shift(bits, 64 - 52).double().add_(0.5).mul_(2.0**-52)
+    return uniform.log_().neg_().log_().neg_()
 
 
 def _splitmix64(state: int) -> int:
@@ -91,9 +162,15 @@ def _splitmix64(state: int) -> int:
 
 def _logical_shift(bits: Tensor, shift: int) -> Tensor:
     """Shift int64 to the right and fill with zeros; torch's own shift copies the sign."""
-    return (bits >> shift) & ((1 << (64 - shift)) - 1)
+    return (bits >> shift).bitwise_and_((1 << (64 - shift)) - 1)
 
 
 def _signed(value: int) -> int:
     """Read 64 bits as the signed integer that torch takes."""
     return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def _upload(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Copy to the device; from pinned memory, as the host waits for a copy from any other."""
+    is_cuda = device.type == "cuda"
+    return torch.tensor(values, dtype=dtype, pin_memory=is_cuda).to(device, non_blocking=is_cuda)

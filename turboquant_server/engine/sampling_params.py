@@ -11,6 +11,7 @@ class SamplingParams:
 
     Attributes:
         max_tokens: Most tokens to generate, at least 1.
+        n: Number of answers, at least 1.
         temperature: Divides the logits; 0 takes the most likely token.
         top_p: Keep the smallest set of most likely tokens whose probability reaches this, in (0, 1].
         top_k: Keep this many most likely tokens; 0 keeps all.
@@ -20,6 +21,7 @@ class SamplingParams:
     """
 
     max_tokens: int
+    n: int = 1
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -35,6 +37,8 @@ class SamplingParams:
         """
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
+        if self.n < 1:
+            raise ValueError(f"n must be at least 1, got {self.n}")
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(
                 f"temperature must be a finite number that is not negative, got {self.temperature}"

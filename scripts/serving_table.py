@@ -1,0 +1,132 @@
+"""What `benchmark_serving.py` measured, in numbers and as a table. Knows answers and times, and no server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from serving_client import Answer
+
+PERCENTILES = (50, 90, 99)
+LEGEND = """\
+in, out: mean tokens; short: answers of fewer tokens than asked; hits: share of input tokens that was cached.
+Times are in ms, p50/p90/p99 (e2e: p50/p99), of requests that succeeded. TTFT: from sending to the first text;
+TPOT: a request's, per token after the first; ITL: between chunks with text, which may be several tokens."""
+
+
+def summarize(
+    concurrency: int, answers: Sequence[Answer], failures: Mapping[str, int], duration: float
+) -> dict[str, Any]:
+    """Return the numbers of one row.
+
+    Args:
+        concurrency: Requests at once.
+        answers: Those that are complete.
+        failures: How many requests failed, by why.
+        duration: Seconds from the first request to the last end.
+
+    Returns:
+        ``concurrency``, counts (``requests``, ``failed``, ``failures``, ``short``, and ``counted_by_chunks``:
+        answers whose tokens the server did not tell), ``duration_s``, rates ``*_per_s``, means
+        ``*_tokens_mean``, percentiles ``*_ms`` and ``prefix_hit_rate``; None is what cannot be known.
+    """
+    prompt_tokens = [answer.prompt_tokens for answer in answers if answer.prompt_tokens is not None]
+    output_tokens = [answer.output_tokens for answer in answers]
+    # A prompt of which nothing was cached has no such number with some servers that tell it otherwise.
+    cached_tokens = [answer.cached_tokens for answer in answers if answer.cached_tokens is not None]
+    knows_prompts = bool(answers) and len(prompt_tokens) == len(answers)
+    ttft = [answer.first_token_time - answer.sent for answer in answers]
+    tpot = [
+        (answer.ended - answer.first_token_time) / (answer.output_tokens - 1)
+        for answer in answers
+        if answer.output_tokens > 1
+    ]
+    itl = [later - earlier for answer in answers for earlier, later in pairwise(answer.text_times)]
+    latency = [answer.ended - answer.sent for answer in answers]
+    return {
+        "concurrency": concurrency,
+        "requests": len(answers) + sum(failures.values()),
+        "failed": sum(failures.values()),
+        "failures": dict(failures),
+        "short": sum(answer.is_short for answer in answers),
+        "counted_by_chunks": sum(answer.told_tokens is None for answer in answers),
+        "duration_s": duration,
+        "input_tokens_mean": sum(prompt_tokens) / len(answers) if knows_prompts else None,
+        "output_tokens_mean": sum(output_tokens) / len(answers) if answers else None,
+        "requests_per_s": len(answers) / duration,
+        "input_tokens_per_s": sum(prompt_tokens) / duration if knows_prompts else None,
+        "output_tokens_per_s": sum(output_tokens) / duration,
+        "ttft_ms": _percentiles(ttft),
+        "tpot_ms": _percentiles(tpot),
+        "itl_ms": _percentiles(itl),
+        "latency_ms": _percentiles(latency),
+        "prefix_hit_rate": (
+            sum(cached_tokens) / sum(prompt_tokens) if cached_tokens and sum(prompt_tokens) else None
+        ),
+    }
+
+
+def _percentiles(seconds: Sequence[float]) -> dict[str, float] | None:
+    """Return them in milliseconds, None of nothing."""
+    if not seconds:
+        return None
+    values = np.percentile(seconds, PERCENTILES) * 1000
+    return {f"p{percent}": float(value) for percent, value in zip(PERCENTILES, values, strict=True)}
+
+
+def _number(name: str, form: str = ".1f") -> Callable[[dict[str, Any]], str]:
+    return lambda row: "-" if row[name] is None else format(row[name], form)
+
+
+def _times(name: str, *percentiles: str) -> Callable[[dict[str, Any]], str]:
+    def show(row: dict[str, Any]) -> str:
+        return "/".join(f"{row[name][percent]:.1f}" for percent in percentiles) if row[name] else "-"
+
+    return show
+
+
+COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "concurrency": _number("concurrency", "d"),
+    "requests": _number("requests", "d"),
+    "failed": _number("failed", "d"),
+    "short": _number("short", "d"),
+    "in": _number("input_tokens_mean"),
+    "out": _number("output_tokens_mean"),
+    "s": _number("duration_s", ".2f"),
+    "requests/s": _number("requests_per_s", ".2f"),
+    "in tok/s": _number("input_tokens_per_s"),
+    "out tok/s": _number("output_tokens_per_s"),
+    "TTFT": _times("ttft_ms", "p50", "p90", "p99"),
+    "TPOT": _times("tpot_ms", "p50", "p90", "p99"),
+    "ITL": _times("itl_ms", "p50", "p90", "p99"),
+    "e2e": _times("latency_ms", "p50", "p99"),
+    "hits": _number("prefix_hit_rate", ".1%"),
+}
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return rows as a Markdown table that also reads well as plain text."""
+    cells = [list(COLUMNS), *([show(row) for show in COLUMNS.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["| " + " | ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in cells]
+    lines.insert(1, "|" + "|".join("-" * (w + 1) + ":" for w in widths) + "|")
+    return "\n".join(lines)
+
+
+def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return what the table alone would hide: why requests failed, and how tokens were counted."""
+    lines = [LEGEND]
+    chunked = sum(row["counted_by_chunks"] for row in rows)
+    if chunked:
+        lines.append(
+            f"The server did not tell the tokens of {chunked} answers. Their chunks with text were counted, "
+            "and short are those that did not end for their length."
+        )
+    for row in rows:
+        lines += [
+            f"concurrency {row['concurrency']}: {count} failed: {reason}"
+            for reason, count in row["failures"].items()
+        ]
+    return lines

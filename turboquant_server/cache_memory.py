@@ -1,0 +1,151 @@
+"""The memory of the cache on the device: how much there is for it, and its tensors.
+
+It gets what may be taken, less the weights and the scratch of a step. The scratch is measured: the largest
+step that can come up is run on a small cache.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import torch
+
+from turboquant_core import CacheManager, Chunk, PagedStore, RequestCache, StatePool, StoreLayer
+from turboquant_server.cache_size import TIMELINE, CacheSize, divide_memory, format_bytes
+from turboquant_server.engine.detokenizer import Detokenizer
+from turboquant_server.engine.model_runner import ModelRunner
+from turboquant_server.engine.request import Request
+from turboquant_server.engine.sampler import SamplingRow, sample
+from turboquant_server.engine.sampling_params import SamplingParams
+from turboquant_server.engine.scheduler import ScheduledRequest
+from turboquant_server.load_error import ModelLoadError
+from turboquant_server.memory import memory_budget, memory_in_use
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from turboquant_server.attention_check import ModelAttention
+    from turboquant_server.config import ServerConfig
+
+# Attention on the store reads the past in pieces: a past of more tokens takes no more scratch.
+MEASURED_PAST = 4096
+# What fragmentation and libraries take on top.
+CUDA_RESERVE = 512 * 2**20
+
+
+def size_cache(
+    config: ServerConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    attention: ModelAttention,
+    layers: dict[int, StoreLayer],
+    max_model_len: int,
+) -> CacheSize:
+    """Return the cache that the device has room for, as the flags say.
+
+    Raises:
+        ModelLoadError: There is not enough memory.
+    """
+
+    def divide(num_bytes: int) -> CacheSize:
+        return divide_memory(num_bytes, attention, layers, model.dtype, max_model_len, config)
+
+    device = model.device
+    in_use = memory_in_use(device)
+    if config.kv_cache_memory is not None:
+        size = divide(config.kv_cache_memory)
+        available = memory_budget(device, 1.0) - in_use
+        if size.num_bytes > available:
+            raise ModelLoadError(
+                f"--kv-cache-memory asks for {format_bytes(size.num_bytes)} and {device} has "
+                f"{format_bytes(available)} left; give less"
+            )
+        return size
+    budget = memory_budget(device, config.gpu_memory_utilization, config.vram_limit)
+    if device.type != "cuda":
+        return divide(budget)  # what is left of the machine's memory is enough for the steps
+    left = budget - in_use - CUDA_RESERVE
+    if left > 0:
+        left -= _measure_scratch(config, model, tokenizer, attention, layers, divide(left), max_model_len)
+    if left <= 0:
+        raise ModelLoadError(
+            f"the weights take {format_bytes(in_use)} of {format_bytes(budget)} and leave no memory for a "
+            "cache; try --quantize int8 or int4, or a smaller model"
+        )
+    return divide(left)
+
+
+def build_store(
+    attention: ModelAttention,
+    layers: dict[int, StoreLayer],
+    size: CacheSize,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[PagedStore, StatePool | None]:
+    """Allocate a cache."""
+    store = PagedStore(
+        layers,
+        attention.groups,
+        TIMELINE,
+        num_blocks=size.num_blocks,
+        num_slots=size.num_slots,
+        dtype=dtype,
+        device=device,
+    )
+    return store, StatePool(size.num_slots) if attention.state_bytes else None
+
+
+def open_manager(attention: ModelAttention, size: CacheSize, *, caches_prefixes: bool) -> CacheManager:
+    """Return the manager of a cache; states of recurrent layers are of one prompt, and cannot be shared."""
+    caches_prefixes = caches_prefixes and not attention.state_bytes
+    return CacheManager(TIMELINE, attention.groups, size.num_blocks, size.num_slots, caches_prefixes)
+
+
+@torch.inference_mode()
+def _measure_scratch(
+    config: ServerConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    attention: ModelAttention,
+    layers: dict[int, StoreLayer],
+    size: CacheSize,
+    max_model_len: int,
+) -> int:
+    """Return the most bytes that a step takes beside the weights and a cache of this size."""
+    length = min(max_model_len, open_manager(attention, size, caches_prefixes=False).max_tokens) - 1
+    if attention.is_paged and not attention.one_shot:
+        length = min(length, MEASURED_PAST + config.max_num_batched_tokens)
+    num_blocks = TIMELINE.num_blocks(length + 1, length)
+    small = dataclasses.replace(size, num_slots=1, num_blocks=(num_blocks,) * len(size.groups))
+    store, states = build_store(attention, layers, small, model.dtype, model.device)
+    cache = open_manager(attention, small, caches_prefixes=False).open([0] * length, length)
+    assert cache is not None and cache.extend(0, length + 1), "the cache has room for this request"
+    runner = ModelRunner(model, store, states, is_paged=attention.is_paged)
+    # Sorting for top_p takes most.
+    params = SamplingParams(max_tokens=1, top_p=0.9)
+    tokens = [0] * (length + 1)
+    request = Request("largest step", tokens[:length], params, Detokenizer(tokenizer, tokens[:length]))
+    request.token_ids = tokens
+    step = _last_step(cache, length, length if attention.one_shot else config.max_num_batched_tokens)
+    torch.cuda.reset_peak_memory_stats(model.device)
+    before = torch.cuda.memory_allocated(model.device)
+    runner.forward([ScheduledRequest(request, step)], is_decode=False)
+    decode = ScheduledRequest(request, [Chunk(cache, length, length + 1, length)])
+    logits = runner.forward([decode] * size.num_slots, is_decode=True)
+    sample(torch.stack(logits), [SamplingRow(params, 0, 0, length)] * size.num_slots)
+    return torch.cuda.max_memory_allocated(model.device) - before
+
+
+def _last_step(cache: RequestCache, num_prompt_tokens: int, max_num_batched_tokens: int) -> list[Chunk]:
+    """Return the last chunks of a prompt, as many as a step computes."""
+    chunks = []
+    start = 0
+    while start < num_prompt_tokens:
+        end = TIMELINE.chunk_end(start, num_prompt_tokens)
+        chunks.append(Chunk(cache, start, end, num_prompt_tokens))
+        start = end
+    first = len(chunks) - 1
+    while first and num_prompt_tokens - chunks[first - 1].start <= max_num_batched_tokens:
+        first -= 1
+    return chunks[first:]
