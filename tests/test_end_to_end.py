@@ -44,8 +44,13 @@ def test_a_planted_code_is_found_in_a_prompt_of_four_thousand_tokens(
     assert answer.choices[0].message.content == "604817"
     assert answer.choices[0].finish_reason == "stop"
     assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == "604817"
-    usage = answer.usage
-    assert usage is not None and usage == chunks[-1].usage
+    usage, again = answer.usage, chunks[-1].usage
+    assert usage is not None and usage.prompt_tokens_details is not None
+    assert again is not None and again.prompt_tokens_details is not None
+    # The second time all of the prompt but its end was found in the cache.
+    assert usage.prompt_tokens_details.cached_tokens == 0
+    assert again.prompt_tokens_details.cached_tokens == 4 + 7 * 512
+    assert again.total_tokens == usage.total_tokens
     assert 3950 < usage.prompt_tokens < 4100
     assert usage.completion_tokens == 7  # six digits and the end of the turn
     assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens

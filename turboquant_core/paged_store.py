@@ -77,7 +77,7 @@ class PagedStore:
         self.timeline = timeline
         self.device = device
         self.records = {
-            index: torch.zeros(
+            index: torch.empty(
                 num_blocks[layer.group],
                 layer.num_kv_heads,
                 layer.codec.record_bytes,
@@ -88,7 +88,7 @@ class PagedStore:
         }
         self.exact = {
             index: tuple(
-                torch.zeros(
+                torch.empty(
                     num_slots, layer.num_kv_heads, timeline.num_exact, dim, dtype=dtype, device=device
                 )
                 for dim in (layer.key_dim, layer.value_dim)

@@ -53,7 +53,7 @@ MAX_BATCHED_TOKENS = 128
 # Root mean square of the logits' error over the logits' standard deviation. Where a way is right it is below
 # 1e-5 in float32; in 16 bits, experts chosen differently can make it large for good reasons.
 MAX_ERROR_FLOAT32 = 1e-4
-MAX_ERROR_16_BIT = 0.25
+MAX_ERROR_16_BIT = 0.2
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,7 @@
-"""Requests get the blocks that their tokens need, find those of earlier prompts, and give all back."""
+"""Requests get the blocks that their tokens need, find those of earlier prompts, and give all back.
+
+More than 300 lines: a request has a whole life, in groups of three kinds.
+"""
 
 from __future__ import annotations
 

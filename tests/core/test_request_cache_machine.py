@@ -1,6 +1,7 @@
 """Whatever requests do in whatever order, each reads in its blocks what it or an equal prompt wrote there.
 
-The model keeps what was written to every block of every group, and searches it from end to end.
+The model keeps what was written to every block of every group, and searches it from end to end. More than
+300 lines because it knows all that the real one knows, by other means.
 """
 
 from __future__ import annotations

@@ -10,16 +10,21 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from turboquant_core import (
+    KEY_SCALE,
+    VALUE_SCALE,
     BlockCodec,
     BlockQuantizer,
     CacheManager,
     ExactCodec,
+    LayerShape,
     PagedStore,
+    StatePool,
     StoreLayer,
     Timeline,
     Visibility,
     use_paged_attention,
 )
+from turboquant_server.attention_check import ModelAttention
 from turboquant_server.engine.engine import Engine
 from turboquant_server.engine.model_runner import ModelRunner
 from turboquant_server.engine.request import RequestFailedError, RequestOutput
@@ -34,6 +39,7 @@ class RecordingModel:
         self.model = model
         self.device = model.device
         self.config = model.config
+        self.dtype = model.dtype
         self.forward = self
         self.shapes: list[tuple[int, int]] = []
         self.fail: Callable[[torch.Tensor], None] = lambda position_ids: None
@@ -56,17 +62,93 @@ class RecordingModel:
         return outputs
 
 
+class Parts:
+    """What an engine on a model is made of; memory that nothing has been written to is poisoned.
+
+    Args:
+        model: Attends as `attention` says.
+        attention: Of the model.
+        timeline: Where its requests are cut.
+        num_blocks: Blocks of 64 tokens, of each group of layers.
+        num_slots: Most requests that run at once.
+        bits: Of keys and values; None keeps blocks as they are.
+        max_num_batched_tokens: Most tokens of prompts in a step.
+        caches_prefixes: Whether prompts find blocks of earlier ones.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        attention: ModelAttention,
+        timeline: Timeline,
+        *,
+        num_blocks: int,
+        num_slots: int,
+        bits: int | None,
+        max_num_batched_tokens: int,
+        caches_prefixes: bool,
+    ) -> None:
+        counts = [num_blocks] * len(attention.groups)
+        self.store = PagedStore(
+            {
+                index: StoreLayer(
+                    _codec(shape, bits, model.dtype),
+                    shape.num_kv_heads,
+                    shape.key_dim,
+                    shape.value_dim,
+                    attention.group_of(index),
+                )
+                for index, shape in attention.shapes.items()
+            },
+            attention.groups,
+            timeline,
+            num_blocks=counts,
+            num_slots=num_slots,
+            dtype=model.dtype,
+            device=model.device,
+        )
+        _poison(self.store)
+        states = StatePool(num_slots) if attention.state_bytes else None
+        self.manager = CacheManager(timeline, attention.groups, counts, num_slots, caches_prefixes)
+        self.runner = ModelRunner(model, self.store, states, is_paged=attention.is_paged)
+        self.scheduler = Scheduler(
+            self.manager.open, timeline, max_num_batched_tokens, one_shot=attention.one_shot
+        )
+
+
+def _codec(shape: LayerShape, bits: int | None, dtype: torch.dtype) -> BlockCodec | ExactCodec:
+    if bits is None:
+        return ExactCodec(shape.key_dim, shape.value_dim, dtype)
+    return BlockCodec(
+        BlockQuantizer(shape.key_dim, bits, scale=KEY_SCALE),
+        BlockQuantizer(shape.value_dim, bits, scale=VALUE_SCALE),
+    )
+
+
+def _poison(store: PagedStore) -> None:
+    """Fill memory that nothing has been written to with what no result survives."""
+    for records in store.records.values():
+        records.fill_(255)
+    for exact in store.exact.values():
+        for tensor in exact:
+            tensor.fill_(torch.nan)
+
+
 class Bench:
-    """An engine over a Llama or Qwen2 model; block memory is full of NaN before it is written.
+    """An engine whose steps a test takes itself.
 
     Args:
         model: Left as it is.
         tokenizer: Of the model, or what takes its place.
-        num_blocks: Blocks of 64 tokens.
+        attention: Of the model; left out, that of a Llama or Qwen2.
+        timeline: Where requests are cut.
+        num_blocks: Blocks of 64 tokens, of each group of layers.
         num_slots: Most requests that run at once.
         bits: Of keys and values; None keeps blocks as they are.
         max_model_len: Most tokens of a request.
-        options: Of scheduler, cache manager and engine.
+        max_num_batched_tokens: Most tokens of prompts in a step.
+        caches_prefixes: Whether prompts find blocks of earlier ones.
+        eos_token_ids: Tokens that end an answer.
     """
 
     def __init__(
@@ -74,6 +156,8 @@ class Bench:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
+        attention: ModelAttention | None = None,
+        timeline: Timeline | None = None,
         num_blocks: int = 200,
         num_slots: int = 16,
         bits: int | None = 4,
@@ -82,41 +166,27 @@ class Bench:
         caches_prefixes: bool = True,
         eos_token_ids: Iterable[int] = (0, 2),
     ) -> None:
-        timeline = Timeline()
         inner = copy.deepcopy(model)
         assert use_paged_attention(inner)
-        config: Any = inner.config
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        codec: BlockCodec | ExactCodec = ExactCodec(head_dim, head_dim, inner.dtype)
-        if bits is not None:
-            codec = BlockCodec(
-                BlockQuantizer(head_dim, bits, scale="norm_corrected"),
-                BlockQuantizer(head_dim, bits, scale="unbiased"),
-            )
-        layer = StoreLayer(codec, config.num_key_value_heads, head_dim, head_dim, group=0)
-        self.store = PagedStore(
-            dict.fromkeys(range(config.num_hidden_layers), layer),
-            [Visibility()],
-            timeline,
-            num_blocks=[num_blocks],
-            num_slots=num_slots,
-            dtype=inner.dtype,
-            device=inner.device,
-        )
-        for records in self.store.records.values():
-            records.fill_(255)
-        for pair in self.store.exact.values():
-            for tensor in pair:
-                tensor.fill_(torch.nan)
-        self.manager = CacheManager(timeline, [Visibility()], [num_blocks], num_slots, caches_prefixes)
         self.model = RecordingModel(inner)
-        self.scheduler = Scheduler(self.manager.open, timeline, max_num_batched_tokens)
+        parts = Parts(
+            self.model,  # type: ignore[arg-type]
+            attention or _plain_attention(inner.config),
+            timeline or Timeline(),
+            num_blocks=num_blocks,
+            num_slots=num_slots,
+            bits=bits,
+            max_num_batched_tokens=max_num_batched_tokens,
+            caches_prefixes=caches_prefixes,
+        )
+        self.store, self.manager, self.scheduler = parts.store, parts.manager, parts.scheduler
+        self._num_blocks = parts.manager.num_free_blocks
         self.engine = Engine(
             self.scheduler,
-            ModelRunner(self.model, self.store, None, is_paged=True),  # type: ignore[arg-type]
+            parts.runner,
             tokenizer,
             eos_token_ids=frozenset(eos_token_ids),
-            vocab_size=config.vocab_size,
+            vocab_size=inner.config.vocab_size,
             max_model_len=max_model_len,
         )
 
@@ -143,9 +213,18 @@ class Bench:
         """Fail unless every block and every slot is free."""
         self.manager.check_integrity()
         assert self.manager.num_running == 0
-        assert (
-            self.manager.num_free_blocks == [records.shape[0] for records in self.store.records.values()][:1]
-        )
+        assert self.manager.num_free_blocks == self._num_blocks
+
+
+def _plain_attention(config: Any) -> ModelAttention:
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    layers = range(config.num_hidden_layers)
+    return ModelAttention(
+        is_paged=True,
+        one_shot=False,
+        shapes=dict.fromkeys(layers, LayerShape(config.num_key_value_heads, head_dim, head_dim)),
+        visibilities=dict.fromkeys(layers, Visibility()),
+    )
 
 
 def greedy(max_tokens: int, **options: Any) -> SamplingParams:

@@ -6,25 +6,16 @@ import architectures
 import pytest
 import torch
 from architectures import ARCHITECTURES, NUM_POSITIONS, VOCAB_SIZE
+from engine_bench import Parts
 from tiny_tokenizer import build_tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from turboquant_core import (
-    CacheManager,
-    ExactCodec,
-    PagedStore,
-    StatePool,
-    StoreLayer,
-    Timeline,
-    use_paged_attention,
-)
+from turboquant_core import Timeline, use_paged_attention
 from turboquant_server.attention_check import UnsupportedModelError, find_attention
 from turboquant_server.engine.detokenizer import Detokenizer
-from turboquant_server.engine.model_runner import ModelRunner
 from turboquant_server.engine.request import FinishReason, Request
 from turboquant_server.engine.sampling_params import SamplingParams
-from turboquant_server.engine.scheduler import Scheduler
 from turboquant_server.rope import freeze_rope
 
 SERVED = [name for name, architecture in ARCHITECTURES.items() if architecture.serving != "unsupported"]
@@ -60,31 +51,17 @@ def run_with_engine(model: PreTrainedModel, prompts: list[list[int]]) -> list[di
     attention = find_attention(model, build_tokenizer(), NUM_POSITIONS)
     if attention.is_paged:
         use_paged_attention(model)
-    layers = {
-        index: StoreLayer(
-            ExactCodec(shape.key_dim, shape.value_dim, torch.float32),
-            shape.num_kv_heads,
-            shape.key_dim,
-            shape.value_dim,
-            attention.group_of(index),
-        )
-        for index, shape in attention.shapes.items()
-    }
-    num_blocks = [16] * len(attention.groups)
-    manager = CacheManager(TIMELINE, attention.groups, num_blocks, len(prompts), caches_prefixes=False)
-    store = PagedStore(
-        layers,
-        attention.groups,
+    parts = Parts(
+        model,
+        attention,
         TIMELINE,
-        num_blocks=num_blocks,
+        num_blocks=16,
         num_slots=len(prompts),
-        dtype=torch.float32,
-        device=torch.device("cpu"),
+        bits=None,
+        max_num_batched_tokens=130,
+        caches_prefixes=False,
     )
-    poison(store)
-    states = StatePool(len(prompts)) if attention.state_bytes else None
-    runner = ModelRunner(model, store, states, is_paged=attention.is_paged)
-    scheduler = Scheduler(manager.open, TIMELINE, max_num_batched_tokens=130, one_shot=attention.one_shot)
+    scheduler = parts.scheduler
     for index, token_ids in enumerate(prompts):
         prompt = token_ids[:-NUM_GENERATED]
         detokenizer = Detokenizer(build_tokenizer(), prompt)
@@ -94,7 +71,9 @@ def run_with_engine(model: PreTrainedModel, prompts: list[list[int]]) -> list[di
         batch = scheduler.schedule()
         for scheduled, is_decode in ((batch.prefills, False), (batch.decodes, True)):
             for item, logits in zip(
-                scheduled, runner.forward(scheduled, is_decode=is_decode) if scheduled else [], strict=True
+                scheduled,
+                parts.runner.forward(scheduled, is_decode=is_decode) if scheduled else [],
+                strict=True,
             ):
                 scheduler.advance(item)
                 request, index = item.request, int(item.request.request_id)
@@ -103,17 +82,8 @@ def run_with_engine(model: PreTrainedModel, prompts: list[list[int]]) -> list[di
                     scheduler.finish(request, FinishReason.LENGTH)
                 elif item.chunks[-1].end == request.num_tokens:
                     request.token_ids.append(prompts[index][request.num_tokens])
-    manager.check_integrity()
+    parts.manager.check_integrity()
     return computed
-
-
-def poison(store: PagedStore) -> None:
-    """Fill memory that nothing has been written to with what no result survives."""
-    for records in store.records.values():
-        records.fill_(255)
-    for exact in store.exact.values():
-        for tensor in exact:
-            tensor.fill_(torch.nan)
 
 
 def test_at_least_70_architectures_are_served() -> None:

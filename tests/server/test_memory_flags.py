@@ -11,9 +11,11 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from fastapi import FastAPI
 
 from turboquant_server.app import build_app
+from turboquant_server.config import ServerConfig
 from turboquant_server.engine.sampling_params import SamplingParams
 from turboquant_server.model_manager import ModelLoadError, ModelManager
 
@@ -132,3 +134,25 @@ def test_one_slot_is_enough_for_layers_that_see_a_window(
     with loaded(save_model(name), max_num_seqs=1) as manager:
         assert generate(manager, 4000, 30) == 30
         manager.check_integrity()
+
+
+def test_a_cache_is_opened_while_there_is_room(tiny_model_dir: Path, loaded: Loaded) -> None:
+    with loaded(tiny_model_dir, max_num_seqs=2) as manager:
+        caches = [manager.open_cache([5] * 700, 700) for _ in range(3)]
+        assert [cache is None for cache in caches] == [False, False, True]
+        for cache in caches[:2]:
+            assert cache is not None
+            cache.release()
+        manager.check_integrity()
+
+
+@pytest.mark.parametrize("step", ["find_attention", "plan_cache", "size_cache", "build_store"])
+def test_a_gpu_that_the_weights_fill_is_told(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def out_of_memory(*args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(f"turboquant_server.model_manager.{step}", out_of_memory)
+    with pytest.raises(ModelLoadError, match="leaves no memory for a cache on cpu; try --quantize"):
+        ModelManager(ServerConfig(model=str(tiny_model_dir), device="cpu")).load()

@@ -48,9 +48,7 @@ async def create_completion(
     outputs = generate(model_manager.engine, prompts, response_id)
     num_choices = body.n or 1
     if body.stream:
-        return stream_events(
-            _stream_chunks(outputs, template, len(prompts), num_choices, body.include_usage)
-        )
+        return stream_events(_stream_chunks(outputs, template, len(prompts), num_choices, body.include_usage))
     answers = await collect(outputs, len(prompts) * num_choices, http_request)
     choices = [
         CompletionChoice(index=index, text=answer.text, finish_reason=answer.finish_reason)

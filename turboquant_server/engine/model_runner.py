@@ -29,6 +29,9 @@ from turboquant_server.engine.scheduler import ScheduledBatch, ScheduledRequest
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
 
+# Rows of logits that are sampled together; choices of one prompt have a copy of its row each.
+MAX_ROWS = 256
+
 logger = logging.getLogger(__name__)
 
 
@@ -160,6 +163,9 @@ class ModelRunner:
         """Return each request's logits; if all together fail, each alone, so that only the culprit does."""
         if not scheduled:
             return []
+        if len(scheduled) > 1 and self._states is not None and not (is_decode and self._is_paged):
+            # Each is a forward of its own, and states that have moved on cannot be tried again.
+            return [result for item in scheduled for result in self._compute([item], is_decode=is_decode)]
         failures: list[RequestFailedError] = []
         try:
             return list(self.forward(scheduled, is_decode=is_decode))
@@ -189,10 +195,11 @@ class ModelRunner:
             if isinstance(row, Tensor)
             for choice in _choices(item)
         ]
-        if not drawn:
-            return []
-        rows, parameters = zip(*drawn, strict=True)
-        return list(map(int, sample(torch.stack(rows), parameters).tolist()))
+        tokens: list[int] = []
+        for start in range(0, len(drawn), MAX_ROWS):
+            rows, parameters = zip(*drawn[start : start + MAX_ROWS], strict=True)
+            tokens += map(int, sample(torch.stack(rows), parameters).tolist())
+        return tokens
 
 
 def _choices(scheduled: ScheduledRequest) -> list[Request]:

@@ -70,6 +70,7 @@ class Scheduler:
         self.num_preemptions = 0
         self._open_cache = open_cache
         self._timeline = timeline
+        self._longest_chunk = timeline.num_sinks + timeline.segment_size + timeline.residual_length
         self._max_num_batched_tokens = max_num_batched_tokens
         self._one_shot = one_shot
         self._num_added = 0
@@ -96,9 +97,9 @@ class Scheduler:
                 budget -= self._schedule_prefill(request, budget, prefills)
         while self.waiting and self.num_preemptions == num_preemptions:
             request = self.waiting[0]
-            # Not before its first chunk has room: until then it would hold blocks in vain, and not find those
-            # that others compute of the same prompt.
-            first_chunk = self._timeline.chunk_end(0, request.num_prompt_tokens)
+            # Not before its first chunk has room, however long: until then it would hold blocks in vain, and
+            # not find those that others compute of the same prompt.
+            first_chunk = min(request.num_prompt_tokens, self._longest_chunk)
             if (prefills and budget < first_chunk) or not self._admit(request):
                 break
             self.waiting.popleft()
