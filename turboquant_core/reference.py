@@ -24,8 +24,8 @@ from turboquant_core.step_plan import DecodePlan
 Codec: TypeAlias = BlockCodec | ExactCodec
 
 # Numbers of keys and values that are read from blocks at once, which bounds scratch memory whatever the
-# context. On a CPU they then stay in the cache; a GPU wants few big launches.
-_CPU_NUMBERS = 2**20
+# context. Fewer and larger operations win on both, up to here (measured on a CPU: 2^20 takes a sixth longer).
+_CPU_NUMBERS = 2**22
 _GPU_NUMBERS = 2**25
 
 

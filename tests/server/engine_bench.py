@@ -167,11 +167,13 @@ class Bench:
         eos_token_ids: Iterable[int] = (0, 2),
     ) -> None:
         inner = copy.deepcopy(model)
-        assert use_paged_attention(inner)
+        attention = attention or _plain_attention(inner.config)
+        if attention.is_paged:
+            assert use_paged_attention(inner)
         self.model = RecordingModel(inner)
         parts = Parts(
             self.model,  # type: ignore[arg-type]
-            attention or _plain_attention(inner.config),
+            attention,
             timeline or Timeline(),
             num_blocks=num_blocks,
             num_slots=num_slots,

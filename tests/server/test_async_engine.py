@@ -111,6 +111,34 @@ def test_concurrent_requests_get_all_their_outputs_and_only_theirs(bench: Bench)
     assert (bench.engine.num_waiting, bench.engine.num_running) == (0, 0)
 
 
+def test_the_choices_of_a_request_come_from_one_iterator_which_ends_with_the_last(bench: Bench) -> None:
+    async def main() -> list[RequestOutput]:
+        params = SamplingParams(max_tokens=3, n=3)
+        return [output async for output in bench.engine.generate([5], params, "r")]
+
+    outputs = run(main())
+    assert sorted(output.choice_index for output in outputs) == [0] * 3 + [1] * 3 + [2] * 3
+    ends = [output.choice_index for output in outputs if output.finish_reason is not None]
+    assert ends == [0, 1, 2]
+    assert (bench.engine.num_waiting, bench.engine.num_running) == (0, 0)
+
+
+def test_leaving_after_the_first_choices_end_aborts_the_others(bench: Bench) -> None:
+    async def main() -> None:
+        outputs = bench.engine.generate([5], SamplingParams(max_tokens=3, n=3), "r")
+        async for output in outputs:
+            if output.finish_reason is not None:
+                bench.runner.hold()
+                break
+        await outputs.aclose()
+        bench.runner.steps.release()
+        await bench.until(lambda: bench.engine.num_waiting == bench.engine.num_running == 0)
+
+    run(main())
+    bench.manager.check_integrity()
+    assert bench.manager.num_running == 0
+
+
 def test_two_event_loops_may_use_one_engine(bench: Bench) -> None:
     assert len(run(bench.collect(3, "a"))) == len(run(bench.collect(3, "a"))) == 3
 

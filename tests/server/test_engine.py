@@ -41,6 +41,20 @@ def test_greedy_tokens_are_those_of_transformers_generate(
     assert text_of(outputs) == tiny_tokenizer.decode(expected, skip_special_tokens=True).rstrip("\ufffd")
 
 
+def test_with_blocks_that_lose_nothing_requests_of_all_lengths_get_transformers_tokens(
+    tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    bench = Bench(tiny_model, tiny_tokenizer, bits=None, max_num_batched_tokens=600)
+    prompts = {
+        length: [3 + (7 * i * i + length) % 290 for i in range(length)] for length in (1, 63, 260, 800)
+    }
+    for length, prompt in prompts.items():
+        bench.engine.add_request(str(length), prompt, greedy(80))
+    outputs = bench.run()
+    for length, prompt in prompts.items():
+        assert tokens_of(outputs[str(length)]) == transformers_greedy(tiny_model, prompt, 80)
+
+
 def test_a_long_prompt_is_computed_in_chunks_and_then_one_token_a_step(
     tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:

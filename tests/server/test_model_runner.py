@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
+import architectures
 import pytest
 import torch
 from engine_bench import Bench, greedy, tokens_of
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from turboquant_core import Timeline
+from turboquant_server.attention_check import find_attention
 from turboquant_server.engine.model_runner import ModelRunner
 from turboquant_server.engine.request import RequestFailedError
 
@@ -95,6 +99,21 @@ def test_logits_that_are_no_numbers_fail_their_request_alone(bench: Bench, bad: 
         assert tokens_of(outputs[request_id]) == expected[request_id]
 
 
+@pytest.mark.parametrize("shape", [(1, 5), (3, 1)])
+def test_a_choice_with_bad_logits_ends_the_others_with_one_failure(
+    bench: Bench, shape: tuple[int, int]
+) -> None:
+    def spoil(input_ids: torch.Tensor, logits: torch.Tensor) -> None:
+        if input_ids.shape == shape:
+            logits.flatten(0, 1)[shape[0] // 2] = torch.nan
+
+    bench.model.spoil = spoil
+    bench.engine.add_request("r", PROMPTS["a"], greedy(4, ignore_eos=True, n=3))
+    outputs = bench.run()["r"]
+    assert [isinstance(output, RequestFailedError) for output in outputs[:-1]].count(True) == 0
+    assert isinstance(outputs[-1], RequestFailedError)
+
+
 def test_the_log_has_the_traceback_of_a_failed_request(
     bench: Bench, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -108,3 +127,46 @@ def test_the_log_has_the_traceback_of_a_failed_request(
     assert isinstance(failure, RequestFailedError)
     assert "request r failed" in caplog.text
     assert "RuntimeError: bad kernel" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["lfm2", "qwen3_5_text"])
+def test_a_failure_beside_it_does_not_make_a_recurrent_layer_go_on_twice(
+    name: str, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = architectures.build(name)
+    attention = find_attention(model, tiny_tokenizer, architectures.NUM_POSITIONS)
+    prompt = [*range(3, 120)] * 2
+    last: list[torch.Tensor] = []
+
+    def keep(input_ids: torch.Tensor, logits: torch.Tensor) -> None:
+        if input_ids.shape[1] == 102:  # the last part of the long prompt
+            last.append(logits[0, 0])
+
+    for fails in (False, True):
+        bench = Bench(
+            model,
+            tiny_tokenizer,
+            attention=attention,
+            timeline=Timeline(residual_length=64, segment_size=64),
+            bits=None,
+            max_num_batched_tokens=130,
+            caches_prefixes=False,
+        )
+        bench.model.spoil = keep
+        if fails:
+            bench.model.fail = fail_at(7)
+        bench.engine.add_request("long", prompt, greedy(4, ignore_eos=True))
+        bench.engine.step()  # the first part of the prompt
+        bench.engine.add_request("short", [5] * 8, greedy(4, ignore_eos=True))
+        outputs = bench.run()
+        assert isinstance(outputs["short"][-1], RequestFailedError) == fails
+    assert len(last) == 2
+    torch.testing.assert_close(last[0], last[1])
+
+
+def fail_at(last_position: int) -> Callable[[torch.Tensor], None]:
+    def fail(position_ids: torch.Tensor) -> None:
+        if position_ids[0, -1] == last_position:
+            raise RuntimeError("bad kernel")
+
+    return fail

@@ -213,7 +213,7 @@ def test_layers_with_a_window_get_as_many_chunks_at_a_time_as_they_have_blocks_f
 
 
 def test_a_request_that_is_preempted_by_an_older_prompt_is_no_part_of_the_step() -> None:
-    bench = Bench(80, 17, budget=1100, visibilities=(EVERYTHING, Visibility(window=64)))
+    bench = Bench(80, 17, budget=1500, visibilities=(EVERYTHING, Visibility(window=64)))
     for num_tokens in (1700, 1700):
         bench.add(num_tokens)
     bench.scheduler._admit(bench.scheduler.waiting.popleft())
@@ -221,9 +221,18 @@ def test_a_request_that_is_preempted_by_an_older_prompt_is_no_part_of_the_step()
     young = bench.scheduler.running[1]
     assert young.cache is not None
     assert young.cache.extend(0, 1028)  # all but one of the window's blocks
-    assert bench.prefills() == {"1": [(0, 516)]}
+    assert bench.prefills() == {"1": [(0, 516)]}  # nor admitted again at once, though there is room
     assert young.status is RequestStatus.WAITING
     assert bench.scheduler.num_preemptions == 1
+
+
+def test_a_request_that_finds_its_own_blocks_after_a_preemption_reports_none_of_them() -> None:
+    bench = Bench(budget=600)
+    request = bench.add(1200)
+    bench.step()
+    bench.scheduler._preempt(request)
+    assert bench.prefills() == {"1": [(0, 4), (516, 1028)]}
+    assert request.num_cached_tokens == 0
 
 
 def test_forks_share_the_prompts_blocks_and_run_beside_it() -> None:
@@ -249,6 +258,7 @@ def test_forks_without_a_slot_wait_and_find_the_prompt_in_the_cache() -> None:
     assert bench.prefills() == {"1": [(0, 4), (516, 900)]}
     assert list(bench.scheduler.waiting) == [later]
     assert waiting[0].num_output_tokens == 1
+    assert waiting[0].num_cached_tokens == 0  # as of the choices that did not have to wait
 
 
 def test_one_shot_computes_all_of_a_request_in_one_step() -> None:

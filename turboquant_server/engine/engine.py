@@ -169,7 +169,7 @@ class Engine:
             num_prompt_tokens=request.num_prompt_tokens,
             num_output_tokens=request.num_output_tokens,
             finish_reason=finish_reason,
-            num_cached_tokens=request.num_cached_tokens,
+            num_cached_tokens=request.num_cached_tokens or 0,
             choice_index=request.choice_index,
         )
 

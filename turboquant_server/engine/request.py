@@ -43,7 +43,7 @@ class Request:
     Attributes:
         token_ids: The prompt's tokens, then the generated ones.
         num_computed_tokens: How many of ``token_ids`` lie in the cache.
-        num_cached_tokens: How many of the prompt were found there at the first admission.
+        num_cached_tokens: How many of the prompt were found there at the first admission; None before.
         cache: The request's compressed KV cache while it runs, else None.
         forks: The other choices, until this one's prompt is computed.
         arrival: Place in the order in which requests came.
@@ -71,7 +71,7 @@ class Request:
         self.token_ids = list(prompt_token_ids)
         self.num_prompt_tokens = len(prompt_token_ids)
         self.num_computed_tokens = 0
-        self.num_cached_tokens = 0
+        self.num_cached_tokens: int | None = None
         self.status = RequestStatus.WAITING
         self.finish_reason: FinishReason | None = None
         self.cache: RequestCache | None = None

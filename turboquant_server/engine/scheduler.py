@@ -129,13 +129,13 @@ class Scheduler:
         started = []
         forks, request.forks = request.forks, []
         for fork in forks:
+            fork.num_cached_tokens = request.num_cached_tokens
             cache = request.cache.fork()
             if cache is None:
                 self._wait(fork)
                 continue
             fork.cache = cache
             fork.num_computed_tokens = request.num_computed_tokens
-            fork.num_cached_tokens = request.num_cached_tokens
             fork.status = RequestStatus.RUNNING
             self.running.append(fork)
             started.append((fork, cache.slot))
@@ -168,7 +168,7 @@ class Scheduler:
         if request.cache is None:
             return False
         request.num_computed_tokens = request.cache.num_hit_tokens
-        if request.num_output_tokens == 0:
+        if request.num_cached_tokens is None:
             request.num_cached_tokens = request.cache.num_hit_tokens
         request.status = RequestStatus.RUNNING
         self.running.append(request)
