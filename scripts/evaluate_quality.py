@@ -39,6 +39,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from turboquant_core import TurboQuantCache
 from turboquant_server.cache_plan import plan_cache, tokens_before_a_text
 from turboquant_server.config import ServerConfig
 from turboquant_server.load_error import ModelLoadError
@@ -74,7 +75,7 @@ def parse_setting(setting: str) -> ServerConfig | None:
 def open_cache_factory(
     setting: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: int
 ) -> Callable[[], Cache]:
-    """Returns what makes an empty cache of a setting, as a server would, measured on the model as there.
+    """Returns what makes an empty cache of a setting, with a server's plan, measured on the model as there.
 
     Raises:
         ValueError: If there is no such setting.
@@ -83,7 +84,15 @@ def open_cache_factory(
     config = parse_setting(setting)
     if config is None:
         return partial(DynamicCache, config=model.config)
-    return partial(plan_cache(config, model, tokenizer, context).open_cache, model)
+    plan = plan_cache(config, model, tokenizer, context)
+    return partial(
+        TurboQuantCache,
+        key_bits=plan.key_bits,
+        value_bits=plan.value_bits,
+        layer_bits=plan.bit_plan.layer_bits if plan.bit_plan else None,
+        transforms=plan.transforms,
+        config=model.config,
+    )
 
 
 def evaluate(

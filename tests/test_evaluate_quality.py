@@ -25,7 +25,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
-from turboquant_core import TurboQuantCache
+from turboquant_core import LayerShape, TurboQuantCache, Visibility
+from turboquant_server.attention_check import ModelAttention
 from turboquant_server.cache_plan import plan_cache
 from turboquant_server.config import ServerConfig
 
@@ -371,17 +372,21 @@ def test_settings_are_understood(
     assert isinstance(open_cache(), TurboQuantCache) and open_cache() is not open_cache()
 
 
-def test_a_settings_cache_is_the_servers(
+def test_a_settings_cache_gives_back_what_the_servers_blocks_do(
     tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     plan = plan_cache(ServerConfig(kv_budget_bits=4.0), tiny_model, tiny_tokenizer, 512)
-    caches = plan.open_cache(tiny_model), open_cache_factory("budget4", tiny_model, tiny_tokenizer, 512)()
+    shapes = dict.fromkeys((0, 1), LayerShape(num_kv_heads=2, key_dim=64, value_dim=64))
+    layers = plan.store_layers(ModelAttention(True, False, shapes, dict.fromkeys((0, 1), Visibility())))
+    cache = open_cache_factory("budget4", tiny_model, tiny_tokenizer, 512)()
     states = torch.randn(2, 1, 2, 400, 64)
     for layer_idx in (0, 1):
-        for cache in caches:
-            cache.update(*states, layer_idx)
-        [held, expected] = (cache.update(*states[:, :, :, :1], layer_idx) for cache in caches)
-        assert torch.equal(held[0], expected[0]) and torch.equal(held[1], expected[1])
+        cache.update(*states, layer_idx)
+        held = cache.update(*states[:, :, :, :1], layer_idx)
+        codec = layers[layer_idx].codec
+        blocks = codec.decode(codec.encode(*(part[0, :, 4:260].unflatten(1, (4, 64)) for part in states)))
+        for part, expected in zip(held, blocks, strict=True):
+            torch.testing.assert_close(part[0, :, 4:260], expected.flatten(1, 2))
 
 
 @pytest.mark.parametrize("setting", ["5", "fp8", "4:", ":4", "4:5", "", "4:3:2", "budget", "budget-1"])
