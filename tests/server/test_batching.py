@@ -93,7 +93,7 @@ class ScoredBench(Bench):
                     gaps.append(float(best[0] - best[1]))
             return plain_sample(scheduled, logits)  # type: ignore[arg-type]
 
-        runner._sample = sample  # type: ignore[method-assign, assignment]
+        runner._sample = sample  # type: ignore[method-assign]
 
 
 def _noise_key(seed: int, choice_index: int, position: int) -> torch.Tensor:
@@ -193,6 +193,9 @@ def check_preempted(
         for request_id, (prompt, params) in requests.items():
             bench.engine.add_request(request_id, prompt, params)
     expected, got = roomy.run(), tight.run()
+    for request_id, (_, params) in requests.items():
+        answers = [tokens_of(expected[request_id], choice) for choice in range(params.n)]
+        assert all((answer == answers[0]) == (params.temperature == 0) for answer in answers[1:])
     assert roomy.scheduler.num_preemptions == 0 < tight.scheduler.num_preemptions
     for request_id, (_, params) in requests.items():
         for choice in range(params.n):
@@ -228,13 +231,14 @@ def test_choices_differ_and_repeat_with_their_seed_however_few_run_at_once(
     demo: tuple[PreTrainedModel, PreTrainedTokenizerBase, list[int]], num_slots: int
 ) -> None:
     model, tokenizer, text = demo
-    params = SamplingParams(max_tokens=10, temperature=1.0, seed=3, n=4, ignore_eos=True)
+    params = SamplingParams(max_tokens=10, temperature=2.0, seed=3, n=4, ignore_eos=True)
     bench = Bench(model, tokenizer, num_slots=num_slots)
-    outputs = bench.generate(text[:700], params)
+    outputs = bench.generate(text[:690], params)
     choices = [tokens_of(outputs, index) for index in range(4)]
     assert len(set(map(tuple, choices))) == 4
-    again = Bench(model, tokenizer).generate(text[:700], params)
+    assert len({choice[0] for choice in choices}) > 1
+    again = Bench(model, tokenizer).generate(text[:690], params)
     assert [tokens_of(again, index) for index in range(4)] == choices
-    single = Bench(model, tokenizer).generate(text[:700], replace(params, n=1))
+    single = Bench(model, tokenizer).generate(text[:690], replace(params, n=1))
     assert tokens_of(single) == choices[0]
     assert all(isinstance(output, RequestOutput) for output in outputs)

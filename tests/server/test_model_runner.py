@@ -16,6 +16,8 @@ from turboquant_core import Timeline
 from turboquant_server.attention_check import find_attention
 from turboquant_server.engine.model_runner import ModelRunner
 from turboquant_server.engine.request import RequestFailedError
+from turboquant_server.engine.sampler import SamplingRow, sample
+from turboquant_server.engine.sampling_params import SamplingParams
 
 PROMPTS = {"a": [5, 6, 7, 8, 9], "b": [10, 11], "c": [12] * 40}
 
@@ -73,6 +75,17 @@ def test_a_model_may_know_neither_logits_to_keep_nor_the_newer_name_of_its_cache
     runner = ModelRunner(Model(), bench.store, None, is_paged=True)  # type: ignore[arg-type]
     bench.engine._model_runner = runner
     assert answers(bench) == expected
+
+
+def test_each_choice_draws_with_its_own_index_at_each_position(bench: Bench) -> None:
+    seen: list[torch.Tensor] = []
+    bench.model.spoil = lambda input_ids, logits: seen.append(logits.flatten(0, 1).clone())
+    params = SamplingParams(max_tokens=3, temperature=1.5, seed=11, n=2, ignore_eos=True)
+    outputs = bench.generate(PROMPTS["a"], params)
+    rows = [[step[min(choice, len(step) - 1)] for step in seen] for choice in range(2)]
+    for choice in range(2):
+        parameters = [SamplingRow(params, 11, choice, position) for position in (5, 6, 7)]
+        assert tokens_of(outputs, choice) == sample(torch.stack(rows[choice]), parameters).tolist()
 
 
 def test_nothing_is_kept_for_gradients(bench: Bench) -> None:
