@@ -137,8 +137,8 @@ class RecordLayout:
         codes = self._codes[kind]
         fields = [sub_blocks[..., start:end] for start, end in itertools.pairwise(self._starts)]
         # What is left of a record's order without the kind, which is chosen first.
-        norms = fields[2].view(torch.float16).unflatten(-1, (4, 2, 2, 2, 2)).select(-2, kind)
-        norms = norms.movedim((-2, -4, -1, -3), (-4, -3, -2, -1)).float()
+        norms = fields[2].view(torch.float16).float().unflatten(-1, (4, 2, 2, 2, 2)).select(-2, kind)
+        norms = norms.movedim((-2, -4, -1, -3), (-4, -3, -2, -1))
         return BlockParts(
             levels=codes.read(fields[kind], table),
             norms=norms.reshape(*leading, BLOCK_SIZE),
@@ -182,6 +182,7 @@ class _CodeLayout:
             8: [2 * num_tiles],
         }[bits]
         self.num_bytes = 4 * _NUM_LANES * sum(self._num_words)
+        self._places_on: dict[torch.device, Tensor] = {}
 
     def write(self, codes: Tensor) -> Tensor:
         """Return uint8 ``[..., 2, num_bytes]`` of codes, uint8 ``[..., 64, dim]``."""
@@ -200,25 +201,47 @@ class _CodeLayout:
     def read(self, data: Tensor, table: Tensor | None) -> Tensor:
         """Return the levels, ``[..., 64, dim]``, of what `write` returned; see `RecordLayout.read`."""
         leading = data.shape[:-2]
-        words = data.view(torch.int32).split([_NUM_LANES * count for count in self._num_words], -1)
-        planes = [_ungroup(plane) for plane in words]
-        if self._bits == 8:
-            quads = planes[0].unflatten(-2, (self._num_tiles, 2)).movedim(-2, -1).flatten()
-        else:
-            quads = self._to_tiles(planes).flatten().view(torch.int16)
-        shape = [self._axes[axis] for axis in self._order]
-        back = [self._order.index(axis) for axis in range(len(shape))]
-        quads = _permute(quads.view(leading.numel(), *shape), back).flatten()
+        words = data.view(torch.int32)
+        if self._bits == 4:
+            words = _swap_signs(words)
+        elif self._bits < 4:
+            planes = words.split([_NUM_LANES * count for count in self._num_words], -1)
+            words = self._to_tiles([_ungroup(plane) for plane in planes])
+        places = self._places(data.device).expand(leading.numel(), -1)
+        quads = words.flatten().view(torch.int32 if self._bits == 8 else torch.int16).view(places.shape)
+        quads = quads.gather(1, places).flatten()
         if table is None:
             levels = quads.view(torch.int8).float()
         else:
-            # A row seen as one element: index_select copies those several times faster.
-            rows = table.view(torch.complex128).squeeze(-1)
-            index = quads.to(torch.int32).bitwise_and_(0xFFFF)
-            levels = rows.index_select(0, index).view(torch.float32)
+            # A row seen as one element, which torch copies several times faster, and in several rows, which
+            # it can share among cores.
+            rows = table.view(torch.complex128).mT.expand(_TILE, -1)
+            index = quads.view(torch.uint16).long().view(_TILE, len(quads) // _TILE)
+            levels = rows.gather(1, index).view(torch.float32)
         if self._is_transposed:
             return levels.view(*leading, self.padded_dim, BLOCK_SIZE)[..., : self.dim, :].mT
         return levels.view(*leading, BLOCK_SIZE, self.padded_dim)[..., : self.dim]
+
+    def _places(self, device: torch.device) -> Tensor:
+        if device not in self._places_on:
+            with torch.inference_mode(False):
+                self._places_on[device] = self._find_places().to(device)
+        return self._places_on[device]
+
+    def _find_places(self) -> Tensor:
+        """Return where each quad of a block, in the order of its axes, lies among those that `read` orders."""
+        words = torch.arange(2 * _NUM_LANES * self._num_words[0]).view(2, -1)
+        if self._bits == 8:
+            quads = _ungroup(words).unflatten(-2, (self._num_tiles, 2)).movedim(-2, -1)
+        else:
+            if self._bits == 4:
+                tiles = _ungroup(words)
+            else:
+                tiles = torch.arange(2 * _NUM_LANES * self._num_tiles)
+            quads = 2 * tiles.unsqueeze(-1) + torch.arange(2)
+        shape = [self._axes[axis] for axis in self._order]
+        back = [self._order.index(axis) for axis in range(len(shape))]
+        return quads.reshape(shape).permute(back).flatten()
 
     def _to_planes(self, tiles: Tensor) -> list[Tensor]:
         """Return planes ``[..., num_words, 32]`` of pairs of quads, int32 ``[..., num_tiles, 32]``."""
