@@ -14,9 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# A row of a lookup table seen as one element of this type: index_select copies single elements several times
-# faster than rows of the same size.
-_ROW_DTYPES = {1: torch.float32, 2: torch.float64, 4: torch.complex128}
+from turboquant_core.table import take_rows
 
 
 def planes(bits: int) -> tuple[int, ...]:
@@ -124,18 +122,16 @@ def lookup(packed: Tensor, table: Tensor, dim: int, bits: int) -> Tensor:
     """
     (widest, plane), *narrower = _split(packed, dim, bits)
     per_byte = 8 // widest
-    index = plane.to(torch.int32)
+    index = plane.long()
     start = 8
     for width, plane in narrower:
         # Every byte of a narrower plane serves several indices, `used` bits each.
         used = width * per_byte
         offsets = torch.arange(0, 8, used, dtype=torch.uint8, device=packed.device)
         fields = (plane.unsqueeze(-1) >> offsets) & ((1 << used) - 1)
-        index |= fields.flatten(-2)[..., : index.shape[-1]].to(torch.int32) << start
+        index |= fields.flatten(-2)[..., : index.shape[-1]].long() << start
         start += used
-    rows = table.view(_ROW_DTYPES[per_byte]).view(-1) if per_byte in _ROW_DTYPES else table
-    values = rows.index_select(0, index.reshape(-1)).view(torch.float32)
-    return values.view(*packed.shape[:-1], index.shape[-1] * per_byte)[..., :dim]
+    return take_rows(table, index).flatten(-2)[..., :dim]
 
 
 def _plane_size(dim: int, width: int) -> int:

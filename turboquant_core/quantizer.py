@@ -98,8 +98,9 @@ class TurboQuantMSE:
             unit, lengths = normalize(flat[chunk])
             rotated = unit @ self.rotation.T
             indices = self._coder.nearest(rotated)
-            codes[chunk] = pack(indices.to(torch.uint8), self.bits)
-            norms[chunk] = to_norms(lengths * scale_factor(rotated, self._coder.levels(indices), self.scale))
+            codes[chunk] = pack(indices, self.bits)
+            factors = scale_factor(rotated, self._coder.levels(indices), self.scale)
+            norms[chunk] = to_norms(lengths * factors)
         return codes.view(*x.shape[:-1], codes.shape[-1]), norms.view(x.shape[:-1])
 
     @torch.no_grad()

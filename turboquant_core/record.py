@@ -43,6 +43,7 @@ from torch.nn.functional import pad
 
 from turboquant_core.block_quantizer import EncodedBlocks
 from turboquant_core.config import BLOCK_SIZE, MEAN_SIZE
+from turboquant_core.table import take_rows
 
 KEYS, VALUES = 0, 1
 
@@ -213,11 +214,7 @@ class _CodeLayout:
         if table is None:
             levels = quads.view(torch.int8).float()
         else:
-            # A row seen as one element, which torch copies several times faster, and in several rows, which
-            # it can share among cores.
-            rows = table.view(torch.complex128).mT.expand(_TILE, -1)
-            index = quads.view(torch.uint16).long().view(_TILE, len(quads) // _TILE)
-            levels = rows.gather(1, index).view(torch.float32)
+            levels = take_rows(table, quads.view(torch.uint16).long())
         if self._is_transposed:
             return levels.view(*leading, self.padded_dim, BLOCK_SIZE)[..., : self.dim, :].mT
         return levels.view(*leading, BLOCK_SIZE, self.padded_dim)[..., : self.dim]
@@ -229,19 +226,18 @@ class _CodeLayout:
         return self._places_on[device]
 
     def _find_places(self) -> Tensor:
-        """Return where each quad of a block, in the order of its axes, lies among those that `read` orders."""
+        """Return where each quad of a block lies among those that `read` puts in the order of the axes."""
         words = torch.arange(2 * _NUM_LANES * self._num_words[0]).view(2, -1)
         if self._bits == 8:
             quads = _ungroup(words).unflatten(-2, (self._num_tiles, 2)).movedim(-2, -1)
         else:
-            if self._bits == 4:
-                tiles = _ungroup(words)
-            else:
-                tiles = torch.arange(2 * _NUM_LANES * self._num_tiles)
+            all_tiles = torch.arange(2 * _NUM_LANES * self._num_tiles)
+            tiles = _ungroup(words) if self._bits == 4 else all_tiles
             quads = 2 * tiles.unsqueeze(-1) + torch.arange(2)
         shape = [self._axes[axis] for axis in self._order]
         back = [self._order.index(axis) for axis in range(len(shape))]
-        return quads.reshape(shape).permute(back).flatten()
+        places: Tensor = quads.reshape(shape).permute(back).flatten()
+        return places
 
     def _to_planes(self, tiles: Tensor) -> list[Tensor]:
         """Return planes ``[..., num_words, 32]`` of pairs of quads, int32 ``[..., num_tiles, 32]``."""
@@ -265,19 +261,27 @@ class _CodeLayout:
 def _to_quads(codes: Tensor, bits: int) -> Tensor:
     """Return int16 ``[num_codes / 4]``."""
     half = 1 << (bits - 1)
-    is_negative = codes < half
-    magnitudes = torch.where(is_negative, half - 1 - codes, codes - half).to(torch.int16)
-    signs = is_negative.to(torch.int16)
-    quads = torch.zeros_like(magnitudes[::4])
-    for j, sign_bit in enumerate(_SIGN_BITS[bits]):
-        quads |= (magnitudes[j::4] << (4 * j)) | (signs[j::4] << sign_bit)
-    return quads
+    is_positive = codes >> (bits - 1)
+    magnitudes = (~codes ^ (is_positive * (half - 1))) & (half - 1)
+    signs = _to_nibbles(is_positive ^ 1)
+    if bits == 4:  # bits 0, 4, 8, 12 to 7, 15, 3, 11
+        signs = (signs << 7) & 0x80 | (signs << 11) & 0x8000 | (signs >> 5) & 0x8 | (signs >> 1) & 0x800
+    else:
+        signs = signs << (bits - 1)
+    return (_to_nibbles(magnitudes) | signs).to(torch.int16)
+
+
+def _to_nibbles(codes: Tensor) -> Tensor:
+    """Return every four of uint8 codes below 16 as the low half of an int32."""
+    quads = codes.view(torch.int32)
+    pairs = (quads | quads >> 4) & 0xFF00FF
+    return (pairs | pairs >> 8) & 0xFFFF
 
 
 def _swap_signs(words: Tensor) -> Tensor:
     """Exchange bits 3 and 11 of words with bits 23 and 31."""
-    difference = (words ^ (words >> 20)) & 0x0808
-    return words ^ difference ^ (difference << 20)
+    difference = (words >> 20).bitwise_xor_(words).bitwise_and_(0x0808)
+    return (difference << 20).bitwise_or_(difference).bitwise_xor_(words)
 
 
 def _join(fields: Tensor, count: int, width: int) -> Tensor:

@@ -35,10 +35,20 @@ def test_the_level_of_a_code_is_the_nearest(codebook: Codebook, bits: int) -> No
     x = torch.randn(3, 1000, 20, generator=torch.Generator().manual_seed(0)) / 8
     coder = LevelCoder(codebook, bits, CPU)
     codes = coder.nearest(x)
-    assert (codes.shape, codes.dtype) == (x.shape, torch.int32)
+    assert (codes.shape, codes.dtype) == (x.shape, torch.uint8)
     centroids = torch.tensor(codebook.centroids)
     nearest = (x.unsqueeze(-1) - centroids).abs().amin(-1)
     torch.testing.assert_close((x - coder.levels(codes)).abs(), nearest, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("codebook", "bits"), CODEBOOKS)
+def test_near_levels_are_the_nearest_but_for_rounding(codebook: Codebook, bits: int) -> None:
+    x = torch.randn(3, 1000, 20, generator=torch.Generator().manual_seed(0)) / 8
+    coder = LevelCoder(codebook, bits, CPU)
+    levels = coder.near_levels(x)
+    assert torch.isin(levels, torch.tensor(codebook.centroids)).all()
+    nearest = (x - coder.levels(coder.nearest(x))).abs()
+    assert ((x - levels).abs() <= nearest + 2.0**-10 * x.abs() + 2.0**-24).all()
 
 
 @pytest.mark.parametrize(("codebook", "bits"), CODEBOOKS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import architectures
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from turboquant_core import Timeline
 from turboquant_server.attention_check import find_attention
+from turboquant_server.engine import model_runner
 from turboquant_server.engine.model_runner import ModelRunner
 from turboquant_server.engine.request import RequestFailedError
 from turboquant_server.engine.sampler import SamplingRow, sample
@@ -110,6 +111,30 @@ def test_logits_that_are_no_numbers_fail_their_request_alone(bench: Bench, bad: 
     assert len(failures) == 1 and "not a number" in str(failures[0])
     for request_id in PROMPTS.keys() - {failures[0].request_id}:
         assert tokens_of(outputs[request_id]) == expected[request_id]
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_a_failure_to_sample_ends_only_its_request(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    expected = answers(bench)
+    position = len(PROMPTS["b"]) + step
+
+    def fail(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+        if any(row.position == position for row in rows):
+            raise torch.OutOfMemoryError
+        return sample(logits, rows)
+
+    monkeypatch.setattr(model_runner, "sample", fail)
+    add_all(bench, 4)
+    outputs = bench.run()
+    *tokens, failure = outputs.pop("b")
+    assert len(tokens) == step
+    assert isinstance(failure, RequestFailedError) and "out of memory" in str(failure)
+    assert {request_id: tokens_of(items) for request_id, items in outputs.items()} == {
+        request_id: expected[request_id] for request_id in outputs
+    }
+    bench.manager.check_integrity()
 
 
 @pytest.mark.parametrize("shape", [(1, 5), (3, 1)])

@@ -65,16 +65,13 @@ class ModelRunner:
             For each request its new token and one for each of its forks, nothing while its prompt is
             incomplete, or why it failed. The failure of one request leaves the others alone.
         """
-        scheduled = [*batch.prefills, *batch.decodes]
-        logits = [
-            *self._compute(batch.prefills, is_decode=False),
-            *self._compute(batch.decodes, is_decode=True),
+        computed = [
+            *zip(batch.prefills, self._compute(batch.prefills, is_decode=False), strict=True),
+            *zip(batch.decodes, self._compute(batch.decodes, is_decode=True), strict=True),
         ]
-        tokens = iter(self._sample(scheduled, logits))
-        return [
-            (item, row if isinstance(row, RequestFailedError) else [next(tokens) for _ in _choices(item)])
-            for item, row in zip(scheduled, logits, strict=True)
-        ]
+        drawn = [(item, logits) for item, logits in computed if isinstance(logits, Tensor)]
+        tokens = iter(self._sample(drawn))
+        return [(item, next(tokens) if isinstance(logits, Tensor) else logits) for item, logits in computed]
 
     def copy_slot(self, source: int, target: int) -> None:
         """Give one slot what another holds."""
@@ -184,22 +181,36 @@ class ModelRunner:
         # Computing the same tokens again leaves the same in the caches.
         return [result for item in scheduled for result in self._compute([item], is_decode=is_decode)]
 
-    @torch.inference_mode()
     def _sample(
-        self, scheduled: Sequence[ScheduledRequest], logits: Sequence[Tensor | RequestFailedError]
-    ) -> list[int]:
-        """Draw the tokens of all choices of all requests that have not failed, in this order."""
-        drawn = [
-            (row, SamplingRow(choice.sampling_params, choice.seed, choice.choice_index, item.chunks[-1].end))
-            for item, row in zip(scheduled, logits, strict=True)
-            if isinstance(row, Tensor)
+        self, computed: Sequence[tuple[ScheduledRequest, Tensor]]
+    ) -> list[list[int] | RequestFailedError]:
+        """Draw the tokens of each request's choices from its logits; like `_compute` in what fails."""
+        try:
+            return [*self._draw(computed)]
+        except Exception as error:
+            if len(computed) == 1:
+                request_id = computed[0][0].request.request_id
+                logger.exception("request %s failed", request_id)
+                return [_failure(request_id, error)]
+            logger.warning("sampling for %d requests failed and is tried again", len(computed), exc_info=True)
+        return [result for item in computed for result in self._sample([item])]
+
+    @torch.inference_mode()
+    def _draw(self, computed: Sequence[tuple[ScheduledRequest, Tensor]]) -> list[list[int]]:
+        rows = [
+            (
+                logits,
+                SamplingRow(choice.sampling_params, choice.seed, choice.choice_index, item.chunks[-1].end),
+            )
+            for item, logits in computed
             for choice in _choices(item)
         ]
         tokens: list[int] = []
-        for start in range(0, len(drawn), MAX_ROWS):
-            rows, parameters = zip(*drawn[start : start + MAX_ROWS], strict=True)
-            tokens += map(int, sample(torch.stack(rows), parameters).tolist())
-        return tokens
+        for start in range(0, len(rows), MAX_ROWS):
+            logits, parameters = zip(*rows[start : start + MAX_ROWS], strict=True)
+            tokens += map(int, sample(torch.stack(logits), parameters).tolist())
+        remaining = iter(tokens)
+        return [[next(remaining) for _ in _choices(item)] for item, _ in computed]
 
 
 def _choices(scheduled: ScheduledRequest) -> list[Request]:
