@@ -86,7 +86,14 @@ def record_bytes(keys: EncodedBlocks, values: EncodedBlocks, key_bits: int, valu
             padding = [0] * (-blocks.codes.shape[-1] % 16)
             codes = [row + padding for row in blocks.codes[tokens].tolist()]
             record += code_bytes(codes, bits, is_values)
-            means += struct.pack(f"{len(codes[0])}b", *blocks.means[half].tolist(), *padding)
+            mean, num_tiles = [*blocks.means[half].tolist(), *padding], len(codes[0]) // 16
+            if is_values:
+                places = itertools.product(range(num_tiles), range(2), range(8))
+                order = sorted(range(len(mean)), key=[(g, tile, r) for tile, r, g in places].__getitem__)
+            else:
+                places = itertools.product(range(num_tiles), range(4), range(4))
+                order = sorted(range(len(mean)), key=[(t, tile, j) for tile, t, j in places].__getitem__)
+            means += struct.pack(f"{len(mean)}b", *(mean[dim] for dim in order))
         norms = [0.0] * 64
         for token_tile, g, r in itertools.product((0, 1), range(8), (0, 1)):
             token = 32 * half + 16 * token_tile + 4 * (g // 2) + 2 * r + g % 2

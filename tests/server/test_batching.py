@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from turboquant_server.attention_check import find_attention
 from turboquant_server.engine.request import RequestOutput
 from turboquant_server.engine.sampler import SamplingRow, gumbel_noise
 from turboquant_server.engine.sampling_params import SamplingParams
+from turboquant_server.engine.scheduler import ScheduledRequest
 
 DEMO = Path(__file__).parents[2] / "turboquant_server" / "demo"
 # Of the two best scores where a crowd's token differs from that of the request alone: rounding decides.
@@ -76,8 +77,8 @@ class ScoredBench(Bench):
         runner = self.engine._model_runner
         plain_sample = runner._sample
 
-        def sample(scheduled: object, logits: object) -> list[int]:
-            for item, row in zip(scheduled, logits, strict=True):  # type: ignore[call-overload]
+        def sample(computed: Sequence[tuple[ScheduledRequest, torch.Tensor]]) -> object:
+            for item, row in computed:
                 request = item.request
                 if item.chunks[-1].end < request.num_tokens:
                     continue
@@ -91,9 +92,9 @@ class ScoredBench(Bench):
                     gaps = self.gaps.setdefault((each.request_id, each.choice_index), [])
                     del gaps[each.num_output_tokens :]  # a fork that had to wait draws its first token again
                     gaps.append(float(best[0] - best[1]))
-            return plain_sample(scheduled, logits)  # type: ignore[arg-type]
+            return plain_sample(computed)
 
-        runner._sample = sample  # type: ignore[method-assign]
+        runner._sample = sample  # type: ignore[method-assign, assignment]
 
 
 def _noise_key(seed: int, choice_index: int, position: int) -> torch.Tensor:
