@@ -154,6 +154,6 @@ def _ordered_means(means: Tensor, padded_dim: int, kind: int) -> Tensor:
 
 def _means_in_order(means: Tensor, kind: int) -> Tensor:
     """Undo `_ordered_means`, but for its padding."""
-    if kind == KEYS:
-        return means.unflatten(-1, (4, -1, 4)).transpose(-3, -2).flatten(-3)
-    return means.unflatten(-1, (8, -1)).mT.flatten(-2)
+    shape, order = ((4, -1, 4), (-2, -3, -1)) if kind == KEYS else ((8, -1), (-1, -2))
+    lanes: Tensor = means.unflatten(-1, shape)
+    return lanes.movedim(order, tuple(range(-len(order), 0))).flatten(-len(order))
