@@ -29,10 +29,14 @@ class BlockCodec:
         value_quantizer: The same of values.
 
     Attributes:
+        key_quantizer: As given.
+        value_quantizer: As given.
         record_bytes: Size of the record of one block and kv head.
     """
 
     def __init__(self, key_quantizer: BlockQuantizer, value_quantizer: BlockQuantizer) -> None:
+        self.key_quantizer = key_quantizer
+        self.value_quantizer = value_quantizer
         self._quantizers = (key_quantizer, value_quantizer)
         self._layout = RecordLayout(
             key_quantizer.dim, key_quantizer.bits, value_quantizer.dim, value_quantizer.bits

@@ -83,6 +83,12 @@ def e4m3_codebook(dim: int, bits: int) -> Codebook:
     return _symmetric([numerator / (denominator * math.sqrt(dim)) for numerator in numerators])
 
 
+def e4m3_magnitudes(dim: int, bits: int) -> tuple[tuple[float, ...], float]:
+    """Return the positive levels of :func:`e4m3_codebook` as e4m3 numbers, and what 1 stands for."""
+    numerators, denominator = _E4M3_MAGNITUDES[bits]
+    return numerators, 1 / (denominator * math.sqrt(dim))
+
+
 def check_dim(dim: int) -> None:
     """Raise ValueError unless vectors of this dimension can be quantized."""
     if dim < MIN_DIM:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from turboquant_core.block_codec import BlockCodec
 from turboquant_core.config import BLOCK_SIZE
 from turboquant_core.reference import AttentionOptions, Codec, chunk_attention, decode_attention
 from turboquant_core.request_cache import Visibility
@@ -86,15 +87,15 @@ class PagedStore:
             )
             for index, layer in layers.items()
         }
-        self.exact = {
-            index: tuple(
+        self.exact: dict[int, tuple[Tensor, Tensor]] = {}
+        for index, layer in layers.items():
+            keys, values = (
                 torch.empty(
                     num_slots, layer.num_kv_heads, timeline.num_exact, dim, dtype=dtype, device=device
                 )
                 for dim in (layer.key_dim, layer.value_dim)
             )
-            for index, layer in layers.items()
-        }
+            self.exact[index] = keys, values
 
     @property
     def num_bytes(self) -> int:
@@ -169,13 +170,19 @@ class PagedStore:
         Returns:
             ``[batch, num_heads, value_dim]`` in the dtype of the queries.
         """
-        layer = self.layers[layer_idx]
-        exact_keys, exact_values = self.exact[layer_idx]
-        if writes:
-            exact_keys[plan.slots, :, plan.exact_indices] = keys
-            exact_values[plan.slots, :, plan.exact_indices] = values
-        held = exact_keys[plan.slot_rows], exact_values[plan.slot_rows]
-        outputs = decode_attention(queries, held, self.records[layer_idx], plan, layer.codec, options)
+        codec, records = self.layers[layer_idx].codec, self.records[layer_idx]
+        exact_keys, exact_values = exact = self.exact[layer_idx]
+        if plan.tables is not None and isinstance(codec, BlockCodec):
+            from turboquant_core.kernels.decode import decode  # Triton is there where a GPU is
+
+            new = (keys, values) if writes else None
+            outputs = decode(queries, new, exact, records, plan.tables, self.timeline, codec, options)
+        else:
+            if writes:
+                exact_keys[plan.slots, :, plan.exact_indices] = keys
+                exact_values[plan.slots, :, plan.exact_indices] = values
+            held = exact_keys[plan.slot_rows], exact_values[plan.slot_rows]
+            outputs = decode_attention(queries, held, records, plan, codec, options)
         if writes and plan.new_block_ids.numel():
             self._write_due_blocks(layer_idx, plan)
         return outputs

@@ -89,15 +89,16 @@ class RecordLayout:
 
     Attributes:
         record_bytes: Size of a record.
+        starts: Where the fields of half a record start, in bytes and in their order, and where the last ends.
     """
 
     def __init__(self, key_dim: int, key_bits: int, value_dim: int, value_bits: int) -> None:
         self._codes = (CodeLayout(key_dim, key_bits, KEYS), CodeLayout(value_dim, value_bits, VALUES))
         sizes = [codes.num_bytes for codes in self._codes]
         sizes += [_NORM_BYTES, *(codes.padded_dim for codes in self._codes), _STEP_BYTES]
-        self._starts = [0, *itertools.accumulate(sizes)]
-        self._padding = -self._starts[-1] % _ALIGNMENT
-        self._sub_block_bytes = self._starts[-1] + self._padding
+        self.starts = (0, *itertools.accumulate(sizes))
+        self._padding = -self.starts[-1] % _ALIGNMENT
+        self._sub_block_bytes = self.starts[-1] + self._padding
         self.record_bytes = _GROUPS[0] * self._sub_block_bytes
 
     def write(self, keys: EncodedBlocks, values: EncodedBlocks) -> Tensor:
@@ -132,7 +133,7 @@ class RecordLayout:
         leading = records.shape[:-1]
         sub_blocks = records.contiguous().view(*leading, _GROUPS[0], self._sub_block_bytes)
         codes = self._codes[kind]
-        fields = [sub_blocks[..., start:end] for start, end in itertools.pairwise(self._starts)]
+        fields = [sub_blocks[..., start:end] for start, end in itertools.pairwise(self.starts)]
         # What is left of a record's order without the kind, which is chosen first.
         norms = fields[2].view(torch.float16).float().unflatten(-1, (4, 2, 2, 2, 2)).select(-2, kind)
         norms = norms.movedim((-2, -4, -1, -3), (-4, -3, -2, -1))

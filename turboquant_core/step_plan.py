@@ -74,6 +74,30 @@ def _existing(block_id: int | None) -> int:
 
 
 @dataclass(frozen=True)
+class DecodeTables:
+    """One new token for each of several requests, as one group of layers sees it; int32, on the device.
+
+    Attributes:
+        slots: ``[batch]``, slot of each request in the exact tokens.
+        positions: ``[batch]``, position of the new token.
+        exact_starts: ``[batch]``, position of the first token after the visible blocks; of those before it
+            only the sinks are seen as they came.
+        first_visible: ``[batch]``, first position that the new token sees, 0 without a window.
+        block_tables: ``[batch, max_blocks]``, ids of the blocks it sees, from the first with a visible token.
+        block_starts: ``[batch]``, position of the first token of the first of them.
+        num_blocks: ``[batch]``, how many; the rest of the row is undefined.
+    """
+
+    slots: Tensor
+    positions: Tensor
+    exact_starts: Tensor
+    first_visible: Tensor
+    block_tables: Tensor
+    block_starts: Tensor
+    num_blocks: Tensor
+
+
+@dataclass(frozen=True)
 class DecodePlan:
     """One new token for each of several requests, as one group of layers sees it.
 
@@ -88,6 +112,7 @@ class DecodePlan:
         new_block_ids: int64 ``[num_new]``, blocks that become due with these tokens.
         new_owners: int64 ``[num_new]``, row in the batch of each.
         new_starts: int64 ``[num_new]``, where in the slot the block's first token lies.
+        tables: The same for kernels; on a GPU only.
     """
 
     slots: Tensor
@@ -100,6 +125,7 @@ class DecodePlan:
     new_block_ids: Tensor
     new_owners: Tensor
     new_starts: Tensor
+    tables: DecodeTables | None
 
 
 def plan_decode(
@@ -148,6 +174,46 @@ def plan_decode(
         new_block_ids=integers([block_id for _, block_id, _ in due]),
         new_owners=integers([row for row, _, _ in due]),
         new_starts=integers([start for _, _, start in due]),
+        tables=make_decode_tables(chunks, group, visibility, timeline, device)
+        if device.type == "cuda"
+        else None,
+    )
+
+
+def make_decode_tables(
+    chunks: Sequence[Chunk], group: int, visibility: Visibility, timeline: Timeline, device: torch.device
+) -> DecodeTables:
+    """Return the tables of chunks of one token each: what `step_plan.plan_decode` shows, in one copy."""
+    ranges = [visible_blocks(chunk, group, visibility, timeline) for chunk in chunks]
+    max_blocks = max(len(blocks.ids) for blocks in ranges)
+    columns = [
+        [chunk.cache.slot for chunk in chunks],
+        [chunk.start for chunk in chunks],
+        [
+            timeline.num_sinks
+            + BLOCK_SIZE * timeline.num_visible_blocks(chunk.start, chunk.num_prompt_tokens)
+            for chunk in chunks
+        ],
+        [visibility.first_visible(chunk.start) for chunk in chunks],
+        [blocks.start for blocks in ranges],
+        [len(blocks.ids) for blocks in ranges],
+        [block_id for blocks in ranges for block_id in blocks.ids + [0] * (max_blocks - len(blocks.ids))],
+    ]
+    numbers = torch.tensor([number for column in columns for number in column], dtype=torch.int32)
+    if device.type == "cuda":
+        numbers = numbers.pin_memory()
+    sizes = [len(column) for column in columns]
+    slots, positions, exact_starts, first_visible, block_starts, num_blocks, ids = torch.split(
+        numbers.to(device, non_blocking=True), sizes
+    )
+    return DecodeTables(
+        slots=slots,
+        positions=positions,
+        exact_starts=exact_starts,
+        first_visible=first_visible,
+        block_tables=ids.view(len(chunks), max_blocks),
+        block_starts=block_starts,
+        num_blocks=num_blocks,
     )
 
 

@@ -36,26 +36,32 @@ class Transform:
     def __init__(self, matrix: Tensor, inverse: Tensor) -> None:
         self.num_heads, _, self.dim = matrix.shape
         # Transposed: vectors are rows.
-        self._pairs = {matrix.device: (matrix.mT.contiguous(), inverse.mT.contiguous())}
+        self._matrices = {
+            matrix.device: (matrix.mT.contiguous(), inverse.mT.contiguous(), inverse.contiguous())
+        }
 
     def apply(self, x: Tensor) -> Tensor:
         """Transform vectors: float32 ``[..., num_heads, num_vectors, dim]``, of the same shape."""
-        return _multiply(x, self._on(x.device)[0])
+        return _multiply(x, self.matrices(x.device)[0])
 
     def undo(self, y: Tensor) -> Tensor:
         """Invert `apply`."""
-        return _multiply(y, self._on(y.device)[1])
+        return _multiply(y, self.matrices(y.device)[1])
 
     def apply_to_queries(self, queries: Tensor) -> Tensor:
         """Return ``A^-T q``, whose products with transformed vectors are those of q with the vectors."""
-        return _multiply(queries, self._on(queries.device)[1].mT)
+        return _multiply(queries, self.matrices(queries.device)[2])
 
-    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        if device not in self._pairs:
-            matrix, inverse = next(iter(self._pairs.values()))
+    def matrices(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what rows are multiplied with from the right, ``[num_heads, dim, dim]`` each.
+
+        For `apply`, for `undo` and for `apply_to_queries`; float32, contiguous.
+        """
+        if device not in self._matrices:
             with torch.inference_mode(False):
-                self._pairs[device] = matrix.to(device), inverse.to(device)
-        return self._pairs[device]
+                first, second, third = next(iter(self._matrices.values()))
+                self._matrices[device] = first.to(device), second.to(device), third.to(device)
+        return self._matrices[device]
 
     def __copy__(self) -> Transform:
         return self

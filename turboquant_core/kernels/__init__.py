@@ -1,0 +1,1 @@
+"""GPU kernels for what `reference.py` defines, in CUDA and in Triton."""

@@ -1,0 +1,251 @@
+"""Decode attention in CUDA: compiles `decode.cu` for a layer's shapes and launches it.
+
+Knows neither requests nor whose blocks they are: see `DecodeTables`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from turboquant_core.block_codec import BlockCodec
+from turboquant_core.codebook import e4m3_magnitudes
+from turboquant_core.kernels.cuda_kernel import Kernel
+from turboquant_core.record import RecordLayout
+from turboquant_core.reference import AttentionOptions
+from turboquant_core.step_plan import DecodeTables
+
+_NUM_WARPS = (15, 11, 7, 3, 1)  # the first for which there is room
+_MAX_GROUP = 16
+_MAX_DIM = 256
+_SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # of the others 99 KiB
+
+
+@dataclass(frozen=True)
+class DecodeShape:
+    """What a compiled kernel is for.
+
+    Attributes:
+        key_dim: A multiple of 16, at most 256.
+        value_dim: Likewise.
+        key_bits: Of a key's code.
+        value_bits: Of a value's code.
+        group_size: Query heads of a kv head, at most 16.
+        num_sinks: Of the timeline.
+        ring_size: Of the timeline.
+        dtype: Of queries and exact tokens: bfloat16 or float16.
+    """
+
+    key_dim: int
+    value_dim: int
+    key_bits: int
+    value_bits: int
+    group_size: int
+    num_sinks: int
+    ring_size: int
+    dtype: torch.dtype
+
+    @property
+    def is_supported(self) -> bool:
+        """Tell whether there is a kernel; if not, the Triton kernel is for it."""
+        dims_fit = all(dim % 16 == 0 and 16 <= dim <= _MAX_DIM for dim in (self.key_dim, self.value_dim))
+        return dims_fit and self.group_size <= _MAX_GROUP and self.dtype in (torch.bfloat16, torch.float16)
+
+    def max_warps(self, arch: int) -> int:
+        """Return for how many warps a multiprocessor has registers."""
+        if self.group_size > 8 or max(self.key_dim, self.value_dim) > 128:
+            return 7
+        # Without a conversion from e4m3, or with 8-bit keys for more than 4 heads, there is more to hold.
+        return 11 if arch < 89 or (self.key_bits == 8 and self.group_size > 4) else 15
+
+
+class Fit(NamedTuple):
+    """What a multiprocessor has room for, in one thread block.
+
+    Attributes:
+        num_warps: Warps that attend; one more copies.
+        ring_slots: Halves of blocks that there is room for.
+        shared_bytes: For both.
+    """
+
+    num_warps: int
+    ring_slots: int
+    shared_bytes: int
+
+
+class CudaDecode:
+    """Attend for one new token of each of several requests: `reference.decode_attention` on the device.
+
+    Args:
+        shape: What to compile for.
+        device: A CUDA device.
+
+    Raises:
+        KernelError: The kernels do not compile or load.
+    """
+
+    def __init__(self, shape: DecodeShape, device: torch.device) -> None:
+        self._shape = shape
+        properties = torch.cuda.get_device_properties(device)
+        arch = 10 * properties.major + properties.minor
+        fit = fit_device(shape, arch)
+        self._grid = properties.multi_processor_count
+        constants = kernel_constants(shape, fit)
+        self._partial = shape.group_size * (shape.value_dim + 2)
+        self._prepare = Kernel("decode", "prepare", constants, device, 256)
+        self._decode = Kernel(
+            "decode", "decode", constants, device, 32 * (fit.num_warps + 1), fit.shared_bytes
+        )
+        self._merge = Kernel("decode", "merge", constants, device, 256, 8 * shape.group_size * self._grid)
+
+    def __call__(
+        self,
+        queries: Tensor,
+        new: tuple[Tensor, Tensor] | None,
+        exact: tuple[Tensor, Tensor],
+        records: Tensor,
+        tables: DecodeTables,
+        codec: BlockCodec,
+        options: AttentionOptions,
+    ) -> Tensor:
+        """Attend, and keep the new keys and values before.
+
+        Args:
+            queries: ``[batch, num_heads, key_dim]``.
+            new: Keys ``[batch, num_kv_heads, key_dim]`` and values of the new tokens; None: they are kept.
+            exact: Keys ``[num_slots, num_kv_heads, num_sinks + ring_size, key_dim]`` and values of all slots.
+            records: uint8 ``[num_blocks, num_kv_heads, record_bytes]``, of all requests.
+            tables: What each request sees.
+            codec: Of the records.
+            options: How scores are made.
+
+        Returns:
+            ``[batch, num_heads, value_dim]`` in the dtype of the queries.
+        """
+        shape = self._shape
+        batch, num_heads, _ = queries.shape
+        num_kv_heads = num_heads // shape.group_size
+        device = queries.device
+        queries = queries.contiguous()
+        keys, values = (states.contiguous() for states in new) if new else (None, None)
+        stored_queries = torch.empty(queries.shape, dtype=torch.float16, device=device)
+        stored_bytes = torch.empty(batch, num_heads, 2, shape.key_dim, dtype=torch.uint8, device=device)
+        stored_scales = torch.empty(batch, num_heads, device=device)
+        item_starts = torch.empty(batch + 1, dtype=torch.int32, device=device)
+        num_partials = self._grid + 2 * batch * num_kv_heads
+        partials = torch.empty(num_partials, self._partial, device=device)
+        output = queries.new_empty(batch, num_heads, shape.value_dim)
+        _, _, key_matrix = codec.key_quantizer.transform.matrices(device)
+        _, value_matrix, _ = codec.value_quantizer.transform.matrices(device)
+        scale = options.softmax_scale * math.log2(math.e)
+        softcap = (options.softcap or 0.0) * math.log2(math.e)
+        sinks = None if options.sink_scores is None else options.sink_scores.float().contiguous()
+        self._prepare.launch(
+            (batch * num_kv_heads,),
+            queries,
+            keys,
+            values,
+            key_matrix,
+            0 if len(key_matrix) == 1 else shape.key_dim**2,
+            *exact,
+            tables.slots,
+            tables.positions,
+            tables.num_blocks,
+            item_starts,
+            stored_queries,
+            stored_bytes,
+            stored_scales,
+            batch,
+            num_kv_heads,
+            scale,
+        )
+        self._decode.launch(
+            (self._grid,),
+            records,
+            *exact,
+            queries,
+            stored_queries,
+            stored_bytes,
+            stored_scales,
+            tables.slots,
+            tables.positions,
+            tables.exact_starts,
+            tables.first_visible,
+            tables.block_tables,
+            tables.block_starts,
+            item_starts,
+            partials,
+            batch,
+            num_kv_heads,
+            tables.block_tables.stride(0),
+            scale,
+            softcap,
+            _unit(shape.key_dim, shape.key_bits),
+            _unit(shape.value_dim, shape.value_bits),
+        )
+        self._merge.launch(
+            (batch * num_kv_heads,),
+            partials,
+            item_starts,
+            value_matrix,
+            0 if len(value_matrix) == 1 else shape.value_dim**2,
+            sinks,
+            output,
+            num_kv_heads,
+            self._grid,
+        )
+        return output
+
+
+def kernel_constants(shape: DecodeShape, fit: Fit) -> dict[str, int]:
+    """Return what `decode.cu` is compiled with."""
+    constants = {
+        "KEY_DIM": shape.key_dim,
+        "VALUE_DIM": shape.value_dim,
+        "KEY_BITS": shape.key_bits,
+        "VALUE_BITS": shape.value_bits,
+        "GROUP": shape.group_size,
+        "NUM_SINKS": shape.num_sinks,
+        "RING_SIZE": shape.ring_size,
+        "IS_BFLOAT16": int(shape.dtype == torch.bfloat16),
+        "NUM_WARPS": fit.num_warps,
+        "RING_SLOTS": fit.ring_slots,
+    }
+    for name, bits in (("KEY", shape.key_bits), ("VALUE", shape.value_bits)):
+        levels = _level_bytes(bits)
+        constants[f"{name}_LEVELS_LOW"] = int.from_bytes(levels[:4], "little")
+        constants[f"{name}_LEVELS_HIGH"] = int.from_bytes(levels[4:], "little")
+    return constants
+
+
+def _level_bytes(bits: int) -> bytes:
+    """Return the levels' e4m3 bytes: those of magnitudes, at 2 bits followed by those of negative ones."""
+    if bits == 8:
+        return bytes(8)
+    magnitudes, _ = e4m3_magnitudes(_MAX_DIM, bits)
+    levels = [*magnitudes, *(-magnitude for magnitude in magnitudes)][: 8 if bits == 4 else 4]
+    return bytes(torch.tensor(levels).to(torch.float8_e4m3fn).view(torch.uint8).tolist()).ljust(8, b"\0")
+
+
+def _unit(dim: int, bits: int) -> float:
+    """Return what the number 1 stands for among those that the kernel makes of codes."""
+    return 1.0 if bits == 8 else e4m3_magnitudes(dim, bits)[1]
+
+
+def fit_device(shape: DecodeShape, arch: int) -> Fit:
+    """Return what a multiprocessor has room for; arch: 10 times the compute capability."""
+    available = _SHARED_BYTES.get(arch, 99 << 10)
+    layout = RecordLayout(shape.key_dim, shape.key_bits, shape.value_dim, shape.value_bits)
+    # As in the source: room for any alignment, two barriers and an offset.
+    slot_bytes = -(-(layout.record_bytes // 2 + 112) // 128) * 128 + 2 * 8 + 4
+    partial_bytes = 4 * shape.group_size * (shape.value_dim + 2)
+    for num_warps in _NUM_WARPS:
+        rest = num_warps * partial_bytes + 16
+        ring_slots = (available - rest) // slot_bytes
+        if ring_slots >= 2 * num_warps and num_warps <= shape.max_warps(arch):
+            return Fit(num_warps, ring_slots, ring_slots * slot_bytes + rest)
+    raise AssertionError(f"no kernel for {shape} fits into {available} bytes")

@@ -1,0 +1,80 @@
+"""Which kernel attends for generated tokens: CUDA where it has the shape, Triton for all the rest."""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import torch
+from torch import Tensor
+
+from turboquant_core.block_codec import BlockCodec
+from turboquant_core.kernels import triton_decode
+from turboquant_core.kernels.cuda_decode import CudaDecode, DecodeShape
+from turboquant_core.kernels.cuda_kernel import KernelError
+from turboquant_core.reference import AttentionOptions
+from turboquant_core.step_plan import DecodeTables
+from turboquant_core.timeline import Timeline
+
+logger = logging.getLogger(__name__)
+
+
+def decode(
+    queries: Tensor,
+    new: tuple[Tensor, Tensor] | None,
+    exact: tuple[Tensor, Tensor],
+    records: Tensor,
+    tables: DecodeTables,
+    timeline: Timeline,
+    codec: BlockCodec,
+    options: AttentionOptions,
+) -> Tensor:
+    """Keep the new tokens and attend for them; arguments and result are those of :class:`CudaDecode`."""
+    keys, values = exact
+    shape = DecodeShape(
+        key_dim=keys.shape[-1],
+        value_dim=values.shape[-1],
+        key_bits=codec.key_quantizer.bits,
+        value_bits=codec.value_quantizer.bits,
+        group_size=queries.shape[1] // keys.shape[1],
+        num_sinks=timeline.num_sinks,
+        ring_size=timeline.ring_size,
+        dtype=queries.dtype,
+    )
+    kernel = cuda_decode(shape, queries.device) if queries.dtype == keys.dtype else None
+    if kernel is not None:
+        return kernel(queries, new, exact, records, tables, codec, options)
+    if new is not None:
+        slots, positions = tables.slots.long(), tables.positions.long()
+        in_ring = timeline.num_sinks + (positions - timeline.num_sinks) % timeline.ring_size
+        places = torch.where(positions < timeline.num_sinks, positions, in_ring)
+        for held, states in zip(exact, new, strict=True):
+            held[slots, :, places] = states.to(held.dtype)
+    return triton_decode.decode(queries, exact, records, tables, timeline, codec, options)
+
+
+@functools.lru_cache(maxsize=64)
+def cuda_decode(shape: DecodeShape, device: torch.device) -> CudaDecode | None:
+    """Return the kernel that all layers of a shape share; None, with a line in the log, if there is none."""
+    if not shape.is_supported:
+        reason = "it has no kernel for that"
+    elif torch.version.cuda is None:
+        reason = "this is no CUDA device"
+    else:
+        try:
+            return CudaDecode(shape, device)
+        except ImportError:
+            reason = "the package cuda-bindings is missing"
+        except KernelError as error:
+            reason = str(error)
+    logger.warning(
+        "attention over heads of %d / %d at %d / %d bits in groups of %d, %s, runs in Triton, not CUDA: %s",
+        shape.key_dim,
+        shape.value_dim,
+        shape.key_bits,
+        shape.value_bits,
+        shape.group_size,
+        shape.dtype,
+        reason,
+    )
+    return None
