@@ -48,8 +48,7 @@ def test_decode_kernels_compile_and_do_not_spill(shape: tuple[int, int, int, int
     _, log = compile_source("decode", kernel_constants(decode_shape, fit), arch)
     pattern = r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores"
     spills = {name: int(stores) for name, stores in re.findall(pattern, log, re.DOTALL)}
-    assert spills.keys() == {"prepare", "decode", "merge"}
-    assert spills["decode"] == 0
+    assert spills == dict.fromkeys(["prepare", "prepare_many", "decode", "merge", "merge_many"], 0)
 
 
 def test_the_read_kernel_compiles() -> None:
@@ -95,6 +94,7 @@ def test_a_folder_that_cannot_be_written_to_is_no_failure(
         ({"key_dim": 72}, False),
         ({"value_dim": 272}, False),
         ({"group_size": 17}, False),
+        ({"group_size": 9, "key_dim": 256}, False),
         ({"dtype": torch.float32}, False),
         ({"dtype": torch.float16}, True),
     ],

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 DEVICE = torch.device("cuda")
 TIMELINE = Timeline()
-FUZZ_SECONDS = 20
+FUZZ_SECONDS = 10
 # Of the output's type, in which it is rounded last: relative error in the Frobenius norm.
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 6e-4}
 

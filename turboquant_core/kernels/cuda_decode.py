@@ -52,8 +52,10 @@ class DecodeShape:
     @property
     def is_supported(self) -> bool:
         """Tell whether there is a kernel; if not, the Triton kernel is for it."""
-        dims_fit = all(dim % 16 == 0 and 16 <= dim <= _MAX_DIM for dim in (self.key_dim, self.value_dim))
-        return dims_fit and self.group_size <= _MAX_GROUP and self.dtype in (torch.bfloat16, torch.float16)
+        dims = self.key_dim, self.value_dim
+        dims_fit = all(dim % 16 == 0 and 16 <= dim <= _MAX_DIM for dim in dims)
+        sums_fit = self.group_size <= (_MAX_GROUP if max(dims) <= 128 else 8)
+        return dims_fit and sums_fit and self.dtype in (torch.bfloat16, torch.float16)
 
     def max_warps(self, arch: int) -> int:
         """Return for how many warps a multiprocessor has registers."""
@@ -96,11 +98,21 @@ class CudaDecode:
         self._grid = properties.multi_processor_count
         constants = kernel_constants(shape, fit)
         self._partial = shape.group_size * (shape.value_dim + 2)
-        self._prepare = Kernel("decode", "prepare", constants, device, 256)
         self._decode = Kernel(
             "decode", "decode", constants, device, 32 * (fit.num_warps + 1), fit.shared_bytes
         )
-        self._merge = Kernel("decode", "merge", constants, device, 256, 8 * shape.group_size * self._grid)
+        self._many = max(1, 16 // shape.group_size)
+        num_threads = 256 if max(shape.key_dim, shape.value_dim) > 128 else 512  # as in the source
+        around = []
+        for suffix, requests in (("", 1), ("_many", self._many)):
+            weights_bytes = 4 * requests * shape.group_size * 2 * self._grid
+            around.append(
+                (
+                    Kernel("decode", f"prepare{suffix}", constants, device, num_threads),
+                    Kernel("decode", f"merge{suffix}", constants, device, num_threads, weights_bytes),
+                )
+            )
+        self._around_one, self._around_many = around
 
     def __call__(
         self,
@@ -144,8 +156,12 @@ class CudaDecode:
         scale = options.softmax_scale * math.log2(math.e)
         softcap = (options.softcap or 0.0) * math.log2(math.e)
         sinks = None if options.sink_scores is None else options.sink_scores.float().contiguous()
-        self._prepare.launch(
-            (batch * num_kv_heads,),
+        # A matrix that is read for several requests at once is read less often, by fewer multiprocessors.
+        is_many = batch * num_kv_heads >= 2 * self._grid
+        prepare, merge = self._around_many if is_many else self._around_one
+        grid = (-(-batch // (self._many if is_many else 1)) * num_kv_heads,)
+        prepare.launch(
+            grid,
             queries,
             keys,
             values,
@@ -187,14 +203,15 @@ class CudaDecode:
             _unit(shape.key_dim, shape.key_bits),
             _unit(shape.value_dim, shape.value_bits),
         )
-        self._merge.launch(
-            (batch * num_kv_heads,),
+        merge.launch(
+            grid,
             partials,
             item_starts,
             value_matrix,
             0 if len(value_matrix) == 1 else shape.value_dim**2,
             sinks,
             output,
+            batch,
             num_kv_heads,
             self._grid,
         )

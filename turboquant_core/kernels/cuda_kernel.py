@@ -98,7 +98,7 @@ class Kernel:
             torch.cuda.current_stream()  # the device's context
             self._library = _checked(driver.cuLibraryLoadData(cubin, [], [], 0, [], [], 0))
             self._kernel = _checked(driver.cuLibraryGetKernel(self._library, name.encode()))
-            if shared_bytes > 48 * 1024:
+            if shared_bytes:
                 attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
                 index = torch.cuda.current_device()
                 _checked(

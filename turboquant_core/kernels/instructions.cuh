@@ -1,0 +1,63 @@
+// Types, and the instructions that C++ has no name for. IS_BFLOAT16: of the exact tokens' type.
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef unsigned short u16;
+typedef unsigned char u8;
+typedef signed char s8;
+
+#define DEVICE __device__ __forceinline__
+
+DEVICE u32 permute(u32 low, u32 high, u32 selector) {
+  u32 r;
+  asm("prmt.b32 %0,%1,%2,%3;" : "=r"(r) : "r"(low), "r"(high), "r"(selector));
+  return r;
+}
+DEVICE float exp2_(float x) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(r) : "f"(x));
+  return r;
+}
+DEVICE float log2_(float x) {
+  float r;
+  asm("lg2.approx.ftz.f32 %0,%1;" : "=f"(r) : "f"(x));
+  return r;
+}
+DEVICE float half_to_float(u32 h) {
+  float f;
+  asm("{.reg .b16 l; cvt.u16.u32 l,%1; cvt.f32.f16 %0,l;}" : "=f"(f) : "r"(h));
+  return f;
+}
+DEVICE u32 to_halves(float low, float high) {
+  u32 r;
+  asm("cvt.rn.f16x2.f32 %0,%1,%2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+DEVICE u32 to_exact_type(float low, float high) {
+  if (!IS_BFLOAT16) return to_halves(low, high);
+  u32 r;
+  asm("cvt.rn.bf16x2.f32 %0,%1,%2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+DEVICE u32 transposed(u32 x) {  // of an 8 x 8 matrix of 16-bit numbers
+  u32 r;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0,%1;" : "=r"(r) : "r"(x));
+  return r;
+}
+template <bool BFLOAT16>
+DEVICE void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  if (BFLOAT16)
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+DEVICE void multiply_bytes(int (&c)[4], u32 a0, u32 a2, u32 b0, u32 b1) {  // rows 8 to 15 are 0
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%5},{%7,%8},{%0,%1,%2,%3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a0), "r"(0), "r"(a2), "r"(b0), "r"(b1));
+}
