@@ -89,7 +89,8 @@ def chunk_attention(
     add(grouped @ exact_keys.mT, exact_mask, lambda weights: weights @ exact_values)
     transformed = codec.transform_queries(grouped)
     for piece in _pieces(len(block_ids), num_kv_heads * (queries.shape[2] + value_dim), queries.device):
-        blocks = records[block_ids[piece]].transpose(0, 1)
+        ids = torch.tensor(block_ids[piece], dtype=torch.int64, device=records.device)
+        blocks = records.index_select(0, ids).transpose(0, 1)
         keys, values = (states.flatten(1, 2) for states in codec.stored(blocks))
         seen = block_mask
         if block_mask is not None:
@@ -135,7 +136,7 @@ def decode_attention(
     num_blocks = plan.block_ids.numel()
     for piece in _pieces(num_blocks, num_kv_heads * (queries.shape[2] + value_dim), queries.device):
         owners = plan.owners[piece]
-        blocks = records[plan.block_ids[piece]]
+        blocks = records.index_select(0, plan.block_ids[piece])  # copies whole records, unlike indexing
         scores = _capped(codec.scores(transformed[owners], blocks), options)
         if plan.block_mask is not None:
             scores = scores.masked_fill(~plan.block_mask[piece][:, None, None], -torch.inf)

@@ -97,8 +97,11 @@ def build_store(
 
 
 def open_manager(attention: ModelAttention, size: CacheSize, *, caches_prefixes: bool) -> CacheManager:
-    """Return the manager of a cache; states of recurrent layers are of one prompt, and cannot be shared."""
-    caches_prefixes = caches_prefixes and not attention.state_bytes
+    """Return the manager of a cache; prefixes are shared if a prompt can go on from what another left.
+
+    States of recurrent layers are of one prompt, and a model of one step has no prompt that goes on.
+    """
+    caches_prefixes = caches_prefixes and not attention.state_bytes and not attention.one_shot
     return CacheManager(TIMELINE, attention.groups, size.num_blocks, size.num_slots, caches_prefixes)
 
 

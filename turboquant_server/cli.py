@@ -141,9 +141,10 @@ def serve(config: ServerConfig) -> None:
         KeyboardInterrupt: SIGINT or SIGTERM, after open requests have had time to finish.
     """
     with _bind(config.host, config.port) as listener:
-        # Threads that wait for each other spin this often before they sleep; by default so long that another
-        # busy process makes a step 4 times as slow; so it is 1.5 times (2 cores, the bundled model).
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+        # Threads that wait for each other spin this often before they sleep; by default 100 times as long.
+        # Beside another busy process a step of 16 requests takes 80 ms then, with 1,000 spins 50; without
+        # one 20 in place of 22 (2 cores, the bundled model).
+        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
         # The engine gives the interpreter away in every operation of torch, and by default it may take the
         # event loop 5 ms to give it back: steps of 16 requests then take twice as long (the same model).
         sys.setswitchinterval(0.0005)
