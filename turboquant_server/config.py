@@ -53,6 +53,11 @@ class ServerConfig(BaseSettings):
     quantize: Literal["none", "int8", "int4"] = Field(
         "none", description="quantize the model's weights with bitsandbytes: none, int8 or int4"
     )
+    load_format: Literal["auto", "dummy"] = Field(
+        "auto",
+        description="where weights come from: auto reads the checkpoint, dummy makes random ones and needs "
+        "only a config.json, to try out memory and speed",
+    )
     device: Text | None = Field(
         None, description="cpu, cuda or cuda:N (default: cuda where there is one, else cpu)"
     )

@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from turboquant_server.dummy_model import build_dummy_model
 from turboquant_server.load_error import ModelLoadError, explain, is_about_the_hub
 from turboquant_server.memory import memory_budget
 from turboquant_server.rope import freeze_rope
@@ -49,21 +50,30 @@ class LoadedModel(NamedTuple):
 def load_model(config: ServerConfig) -> LoadedModel:
     """Load what ``--model`` names, as ``--device``, ``--dtype``, ``--revision`` and ``--quantize`` say.
 
+    With ``--load-format dummy`` only its configuration counts, and its tokenizer if there is one.
+
     Raises:
         ModelLoadError: It cannot be loaded, or is no language model.
     """
     device = _find_device(config.device)
-    _check_quantize(config.quantize, device)
+    _check_quantize(config, device)
     source = _find_source(config.model)
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
         model_config = AutoConfig.from_pretrained(source, **options)
-        _check_config(source, model_config, config.quantize)
+        _check_config(source, model_config, config)
         max_model_len = find_max_model_len(source, model_config, config.max_model_len)
-        tokenizer = _load_tokenizer(source, options)
-        model = _load_weights(source, config, device, options)
+        if config.load_format == "dummy":
+            tokenizer = _find_tokenizer(source, model_config, options)
+            model = build_dummy_model(model_config, config.dtype, device, config.trust_remote_code)
+        else:
+            tokenizer = _load_tokenizer(source, options)
+            model = _load_weights(source, config, device, options)
+        if config.dtype == "auto" and device.type == "cpu":
+            _widen_on_cpu(model, config.gpu_memory_utilization)
+        model.eval()
         freeze_rope(model, max_model_len)
     except ModelLoadError:
         raise
@@ -93,9 +103,14 @@ def _find_device(name: str | None) -> torch.device:
     return device
 
 
-def _check_quantize(quantize: str, device: torch.device) -> None:
+def _check_quantize(config: ServerConfig, device: torch.device) -> None:
+    quantize = config.quantize
     if quantize == "none":
         return
+    if config.load_format == "dummy":
+        raise ModelLoadError(
+            f"--quantize {quantize} needs weights to read; start without --load-format dummy"
+        )
     if device.type != "cuda":
         raise ModelLoadError(
             f"--quantize {quantize} needs an NVIDIA GPU; start without --quantize on {device}"
@@ -132,16 +147,24 @@ def _find_source(name: str | None) -> str:
     return name
 
 
-def _check_config(source: str, config: PreTrainedConfig, quantize: str) -> None:
-    generates = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "auto_map")
+def _check_config(source: str, model_config: PreTrainedConfig, config: ServerConfig) -> None:
+    generates = type(model_config) in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(model_config, "auto_map")
     # transformers loads encoders as language models too; what they say is noise.
-    is_encoder = any(name.endswith("ForMaskedLM") for name in config.architectures or ())
+    is_encoder = any(name.endswith("ForMaskedLM") for name in model_config.architectures or ())
     if not generates or is_encoder:
         raise ModelLoadError(
-            f"{source} is a {config.model_type} model, which does not generate text; choose another --model"
+            f"{source} is a {model_config.model_type} model, which does not generate text; "
+            "choose another --model"
         )
-    if quantize != "none" and getattr(config, "quantization_config", None):
+    if not getattr(model_config, "quantization_config", None):
+        return
+    if config.quantize != "none":
         raise ModelLoadError(f"the weights of {source} are quantized already; start without --quantize")
+    if config.load_format == "dummy":
+        raise ModelLoadError(
+            f"the weights of {source} are quantized, and --load-format dummy makes none of that kind; "
+            "choose another --model"
+        )
 
 
 def find_max_model_len(source: str, config: PreTrainedConfig, wanted: int | None) -> int:
@@ -193,6 +216,20 @@ def _load_tokenizer(source: str, options: dict[str, Any]) -> PreTrainedTokenizer
     return tokenizer
 
 
+def _find_tokenizer(
+    source: str, config: PreTrainedConfig, options: dict[str, Any]
+) -> PreTrainedTokenizerBase:
+    """Return a model's own tokenizer, else the demo model's: random weights know no language."""
+    try:
+        return _load_tokenizer(source, options)
+    except ModelLoadError:
+        tokenizer = _load_tokenizer(str(DEMO_DIRECTORY), {})
+        if len(tokenizer) > config.get_text_config(decoder=True).vocab_size:
+            raise
+    logger.warning("%s has no tokenizer; that of the demo model takes its place", source)
+    return tokenizer
+
+
 def _load_weights(
     source: str, config: ServerConfig, device: torch.device, options: dict[str, Any]
 ) -> PreTrainedModel:
@@ -216,10 +253,7 @@ def _load_weights(
         )
     if "device_map" not in options:
         model.to(device)
-    if config.dtype == "auto" and device.type == "cpu":
-        _widen_on_cpu(model, config.gpu_memory_utilization)
     assert isinstance(model, PreTrainedModel)
-    model.eval()
     return model
 
 

@@ -21,7 +21,7 @@ from turboquant_server.engine.engine import Engine
 from turboquant_server.engine.model_runner import ModelRunner
 from turboquant_server.engine.scheduler import Scheduler
 from turboquant_server.load_error import ModelLoadError
-from turboquant_server.model_loader import load_model
+from turboquant_server.model_loader import LoadedModel, load_model
 from turboquant_server.startup_report import format_report
 
 if TYPE_CHECKING:
@@ -54,20 +54,24 @@ class ModelManager:
         self.is_ready = False
         self._config = config
 
-    def load(self) -> None:
+    def load(self, loaded: LoadedModel | None = None) -> None:
         """Load the model, try it out with a compressed cache, and start the engine.
+
+        Args:
+            loaded: What to serve in place of the model that the configuration names: one that attends as
+                transformers has it. unload() leaves it to the caller, attending as it was served.
 
         Raises:
             ModelLoadError: The model cannot be served.
         """
         started = time.monotonic()
-        self._load()
+        self._load(loaded)
         self._load_seconds = time.monotonic() - started
         self.is_ready = True
 
-    def _load(self) -> None:
+    def _load(self, loaded: LoadedModel | None) -> None:
         source = self._config.model or DEMO_MODEL_NAME
-        model, tokenizer, max_model_len = load_model(self._config)
+        model, tokenizer, max_model_len = loaded or load_model(self._config)
         try:
             attention = find_attention(model, tokenizer, max_model_len)
             use_plain_attention(model)
@@ -143,6 +147,11 @@ class ModelManager:
         """
         return self._cache_manager.open(token_ids, num_prompt_tokens, salt)
 
+    @property
+    def cache_bytes(self) -> int:
+        """What the tensors of the cache take."""
+        return self._cache_size.num_bytes
+
     def check_integrity(self) -> None:
         """Raise an AssertionError if blocks or slots do not add up; for an engine that is at rest."""
         self._cache_manager.check_integrity()
@@ -161,6 +170,7 @@ class ModelManager:
         return format_report(
             name=" ".join(self.model_names),
             model=self._model,
+            load_format=self._config.load_format,
             quantize=self._config.quantize,
             load_seconds=self._load_seconds,
             cache_plan=self._cache_plan,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 def format_report(
     name: str,
     model: PreTrainedModel,
+    load_format: str,
     quantize: str,
     load_seconds: float,
     cache_plan: CachePlan,
@@ -27,6 +28,7 @@ def format_report(
     Args:
         name: What clients call the model.
         model: On its device.
+        load_format: Where its weights come from, auto or dummy.
         quantize: How its weights were quantized on loading, or none.
         load_seconds: How long loading took.
         cache_plan: How the cache is compressed.
@@ -34,7 +36,8 @@ def format_report(
         max_model_len: Most tokens of a request.
     """
     dtype = str(model.dtype).removeprefix("torch.")
-    weights = "" if quantize == "none" else f"weights in {quantize}, "
+    weights = "random weights, " if load_format == "dummy" else ""
+    weights += "" if quantize == "none" else f"weights in {quantize}, "
     lines = {
         "model": (
             f"{name} ({model.config.model_type}, {_format_count(model.num_parameters())} parameters, "

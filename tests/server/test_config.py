@@ -21,6 +21,7 @@ def test_the_defaults_serve_the_demo_model_to_this_machine_only() -> None:
     assert (config.host, config.port, config.bits) == ("127.0.0.1", 8000, 4)
     assert (config.kv_bits, config.kv_budget_bits) == (None, None)
     assert (config.quantize, config.dtype, config.device, config.revision) == ("none", "auto", None, None)
+    assert config.load_format == "auto"
     assert (config.max_model_len, config.served_model_name) == (None, ())
     assert (config.gpu_memory_utilization, config.vram_limit, config.kv_cache_memory) == (None, None, None)
     assert (config.max_num_seqs, config.max_num_batched_tokens) == (None, 2048)
@@ -58,6 +59,7 @@ def test_a_variable_beats_the_default_and_an_argument_beats_the_variable(
         ("SERVED_MODEL_NAME", " a  b ", ("a", "b")),
         ("QUANTIZE", "int4", "int4"),
         ("BITS", "", 4),
+        ("LOAD_FORMAT", "dummy", "dummy"),
         ("KV_BITS", "4,3", (4, 3)),
         ("KV_BITS", " 8 , 2 ", (8, 2)),
         ("KV_BITS", "", None),
@@ -97,6 +99,7 @@ def test_variables_are_read_as_their_field_says(
         {"port": -1},
         {"port": 65536},
         {"quantize": "int3"},
+        {"load_format": "none"},
         {"dtype": "float8"},
         {"max_model_len": 0},
         {"max_model_len": "1"},

@@ -26,10 +26,11 @@ SIZE = CacheSize(
 NUM_TOKENS = 100 * 64 + 10 * 196
 
 
-def report(
-    model: PreTrainedModel, plan: CachePlan, size: CacheSize = SIZE, quantize: str = "none"
-) -> list[str]:
-    return format_report("tiny", model, quantize, 1.234, plan, size, 2048).splitlines()
+def report(model: PreTrainedModel, plan: CachePlan, size: CacheSize = SIZE, **weights: str) -> list[str]:
+    weights = {"load_format": "auto", "quantize": "none", **weights}
+    return format_report(
+        "tiny", model, load_seconds=1.234, cache_plan=plan, cache_size=size, max_model_len=2048, **weights
+    ).splitlines()
 
 
 def test_the_lines_are_aligned_and_exact(tiny_model: PreTrainedModel) -> None:
@@ -45,6 +46,11 @@ def test_the_lines_are_aligned_and_exact(tiny_model: PreTrainedModel) -> None:
         # The prompt's part up to 4 + 3 * 512 tokens is in 24 blocks, that of an answer in as many as 29.
         "requests   up to 10 at a time, 3 of full context",
     ]
+
+
+def test_random_weights_are_told(tiny_model: PreTrainedModel) -> None:
+    line = report(tiny_model, CachePlan(4, 4), load_format="dummy")[0]
+    assert line == "model      tiny (llama, 471K parameters, random weights, float32 on cpu)"
 
 
 def test_bits_of_keys_and_values_are_told_apart(tiny_model: PreTrainedModel) -> None:

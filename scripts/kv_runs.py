@@ -1,0 +1,150 @@
+"""A request through a KV cache: its tokens, times and bytes. Knows how caches are run, not which there are.
+
+A run is done once before it counts, so that kernels are compiled and memory is at hand.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from turboquant_core import cache_argument, use_plain_attention
+from turboquant_server.config import ServerConfig
+from turboquant_server.engine.async_engine import AsyncEngine
+from turboquant_server.engine.sampling_params import SamplingParams
+from turboquant_server.model_loader import LoadedModel
+from turboquant_server.model_manager import ModelManager
+
+NUM_WARMUP_TOKENS = 2
+
+
+@dataclass(frozen=True)
+class Lap:
+    """A part of a request.
+
+    Attributes:
+        seconds: How long it took.
+        peak_bytes: The most that tensors took of the GPU, the model included; None on a CPU.
+    """
+
+    seconds: float
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a request gave.
+
+    Attributes:
+        token_ids: The likeliest token each time.
+        prefill: From the prompt to the first token.
+        decode: From there to the last token.
+        kv_bytes: What the cache takes when the last token is there.
+    """
+
+    token_ids: list[int]
+    prefill: Lap
+    decode: Lap
+    kv_bytes: int
+
+
+# Runs a model on a prompt until there are so many tokens.
+RunCache: TypeAlias = Callable[[LoadedModel, Sequence[int], int], Run]
+
+
+class _Stopwatch:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._restart()
+
+    def _restart(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        self._started = time.perf_counter()
+
+    def lap(self) -> Lap:
+        """Return what was since the last lap; the caller has waited for the GPU."""
+        seconds = time.perf_counter() - self._started
+        on_gpu = self._device.type == "cuda"
+        lap = Lap(seconds, torch.cuda.max_memory_allocated(self._device) if on_gpu else None)
+        self._restart()
+        return lap
+
+
+def run_plain(loaded: LoadedModel, prompt: Sequence[int], num_tokens: int) -> Run:
+    """Run transformers' own cache; the prompt goes through the model at once, as in `generate`."""
+    use_plain_attention(loaded.model)
+    _generate_plain(loaded.model, prompt, NUM_WARMUP_TOKENS)
+    return _generate_plain(loaded.model, prompt, num_tokens)
+
+
+@torch.inference_mode()
+def _generate_plain(model: PreTrainedModel, prompt: Sequence[int], num_tokens: int) -> Run:
+    cache = DynamicCache(config=model.config)
+    options = {cache_argument(model): cache, "use_cache": True}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        options["logits_to_keep"] = 1
+    token_ids: list[int] = []
+    laps = []
+    input_ids = torch.tensor([prompt], device=model.device)
+    watch = _Stopwatch(model.device)
+    for count in (1, num_tokens):
+        while len(token_ids) < count:
+            token = model(input_ids=input_ids, **options).logits[0, -1].argmax()
+            token_ids.append(int(token))
+            input_ids = token.view(1, 1)
+        laps.append(watch.lap())
+    tensors = [part for layer in cache.layers for part in vars(layer).values() if isinstance(part, Tensor)]
+    prefill, decode = laps
+    return Run(token_ids, prefill, decode, sum(tensor.nbytes for tensor in tensors))
+
+
+def run_served(config: ServerConfig, loaded: LoadedModel, prompt: Sequence[int], num_tokens: int) -> Run:
+    """Run a server's engine with a cache for this one request.
+
+    Raises:
+        ModelLoadError: The model cannot be served so, or the memory is too small.
+        RequestFailedError: The memory was too small after all.
+    """
+    length = len(prompt) + num_tokens
+    use_plain_attention(loaded.model)
+    manager = ModelManager(
+        config.model_copy(
+            update={"max_model_len": length, "max_num_seqs": 1, "no_prefix_caching": True},
+        )
+    )
+    manager.load(loaded._replace(max_model_len=length))
+    try:
+        return asyncio.run(_generate_served(manager, loaded.model.device, list(prompt), num_tokens))
+    finally:
+        manager.unload()
+
+
+async def _generate_served(
+    manager: ModelManager, device: torch.device, prompt: list[int], num_tokens: int
+) -> Run:
+    await _answer(manager.engine, prompt, NUM_WARMUP_TOKENS, None)
+    watch = _Stopwatch(device)
+    token_ids, (prefill, decode) = await _answer(manager.engine, prompt, num_tokens, watch)
+    return Run(token_ids, prefill, decode, manager.cache_bytes)
+
+
+async def _answer(
+    engine: AsyncEngine, prompt: list[int], num_tokens: int, watch: _Stopwatch | None
+) -> tuple[list[int], list[Lap]]:
+    token_ids: list[int] = []
+    laps: list[Lap] = []
+    params = SamplingParams(max_tokens=num_tokens, temperature=0, ignore_eos=True)
+    async for output in engine.generate(prompt, params, f"{num_tokens} tokens"):
+        token_ids += output.token_ids
+        if watch and len(token_ids) in (1, num_tokens):
+            laps.append(watch.lap())
+    return token_ids, laps
