@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -17,6 +17,7 @@ import httpx
 
 ENDPOINTS = {"completions": "completions", "chat": "chat/completions"}
 TEXT_FIELDS = ("text", "content", "reasoning_content", "reasoning")
+ORIGIN_FIELDS = ("model", "system_fingerprint")
 CONNECT_SECONDS = 30
 LONGEST_MESSAGE = 300  # some servers answer an error with a web page
 
@@ -37,6 +38,7 @@ class Answer:
             comes with that notice.
         finish_reason: The server's; None while the answer has no end.
         usage: The server's; empty if it tells none.
+        origin: What the server calls its model, and the build that answered, where it tells.
     """
 
     asked_tokens: int
@@ -45,6 +47,7 @@ class Answer:
     ended: float = 0.0
     finish_reason: str | None = None
     usage: dict[str, Any] = field(default_factory=dict)
+    origin: dict[str, Any] = field(default_factory=dict)
 
     @property
     def first_token_time(self) -> float:
@@ -84,6 +87,7 @@ class Answer:
         if event.get("error") or event.get("object") == "error":
             raise ServerError(f"error in the stream: {_message(event)}")
         self.usage = event.get("usage") or self.usage
+        self.origin = self.origin or {name: event[name] for name in ORIGIN_FIELDS if event.get(name)}
         for choice in event.get("choices") or ():
             content = choice.get("delta") or choice
             if any(content.get(name) for name in TEXT_FIELDS):
@@ -92,6 +96,10 @@ class Answer:
             if choice.get("finish_reason"):
                 self.finish_reason = choice["finish_reason"]
                 self.ended = now
+
+
+Ask = Callable[[str, int], Awaitable[Answer]]
+"""Returns the answer to a prompt, of at most so many tokens."""
 
 
 class ServerClient:
@@ -103,6 +111,9 @@ class ServerClient:
     Args:
         base_url: Up to and with ``/v1``.
         api_key: Sent as a bearer token, if any.
+
+    Attributes:
+        takes_ignore_eos: Whether requests say ``ignore_eos``; no longer once the server has refused it.
     """
 
     def __init__(self, base_url: str, api_key: str | None) -> None:
@@ -110,6 +121,7 @@ class ServerClient:
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._ssl_context = httpx.create_ssl_context()  # slow to make
         self._idle: list[httpx.AsyncClient] = []
+        self.takes_ignore_eos = True
 
     async def __aenter__(self) -> ServerClient:
         return self
@@ -153,6 +165,13 @@ class ServerClient:
         except (ValueError, LookupError, TypeError) as error:
             raise ServerError(f"{url} lists no models; is there a server of OpenAI's API?") from error
 
+    async def version(self) -> str | None:
+        """Return the server's version if it tells one as vLLM does, beside its ``/v1``."""
+        with suppress(httpx.HTTPError, ValueError, LookupError, TypeError), self._connection() as http:
+            response = await http.get(f"{self._base_url.removesuffix('/v1')}/version")
+            return str(response.json()["version"])
+        return None
+
     async def ask(self, endpoint: str, prompt: str, max_tokens: int, **fields: Any) -> Answer:
         """Return the answer to a prompt, complete.
 
@@ -165,13 +184,23 @@ class ServerClient:
         Raises:
             ServerError: There is none, or only a part.
         """
+        try:
+            return await self._ask(endpoint, prompt, max_tokens, fields)
+        except ServerError as error:
+            if not self.takes_ignore_eos or "ignore_eos" not in str(error):
+                raise
+        self.takes_ignore_eos = False
+        return await self._ask(endpoint, prompt, max_tokens, fields)
+
+    async def _ask(self, endpoint: str, prompt: str, max_tokens: int, fields: dict[str, Any]) -> Answer:
         url = f"{self._base_url}/{ENDPOINTS[endpoint]}"
         body = fields | {
             "max_tokens": max_tokens,
-            "ignore_eos": True,
             "stream": True,
             "stream_options": {"include_usage": True},
         }
+        if self.takes_ignore_eos:
+            body["ignore_eos"] = True
         if endpoint == "chat":
             body["messages"] = [{"role": "user", "content": prompt}]
         else:

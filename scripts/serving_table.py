@@ -9,28 +9,36 @@ from typing import Any
 import numpy as np
 from serving_client import Answer
 
-PERCENTILES = (50, 90, 99)
+PERCENTILES = (50, 90, 95, 99)
+TIMES = {"TTFT": "ttft_ms", "TPOT": "tpot_ms", "ITL": "itl_ms", "e2e": "latency_ms"}
 LEGEND = """\
 in, out: mean tokens; short: answers of fewer tokens than asked; hits: share of input tokens that was cached.
-Times are in ms, p50/p90/p99 (e2e: p50/p99), of requests that succeeded. TTFT: from sending to the first text;
-TPOT: a request's, per token after the first; ITL: between chunks with text, which may be several tokens."""
+Rates and times are of requests that succeeded. TTFT: from sending to the first text; TPOT: a request's, per
+token after the first; ITL: between chunks with text, which may be several tokens; e2e: from sending to the
+end."""
 
 
 def summarize(
-    concurrency: int, answers: Sequence[Answer], failures: Mapping[str, int], duration: float
+    concurrency: int | None,
+    answers: Sequence[Answer],
+    failures: Mapping[str, int],
+    duration: float,
+    request_rate: float | None = None,
 ) -> dict[str, Any]:
     """Return the numbers of one row.
 
     Args:
-        concurrency: Requests at once.
+        concurrency: Requests at once; None in an open loop.
         answers: Those that are complete.
         failures: How many requests failed, by why.
         duration: Seconds from the first request to the last end.
+        request_rate: Requests that started per second, in the mean; None in a closed loop.
 
     Returns:
-        ``concurrency``, counts (``requests``, ``failed``, ``failures``, ``short``, and ``counted_by_chunks``:
-        answers whose tokens the server did not tell), ``duration_s``, rates ``*_per_s``, means
-        ``*_tokens_mean``, percentiles ``*_ms`` and ``prefix_hit_rate``; None is what cannot be known.
+        ``concurrency``, ``request_rate``, counts (``requests``, of them ``completed`` and ``failed``,
+        ``failures``, ``short``, and ``counted_by_chunks``: answers whose tokens the server did not tell),
+        ``duration_s``, rates ``*_per_s``, means ``*_tokens_mean``, mean and percentiles ``*_ms`` and
+        ``prefix_hit_rate``; None is what cannot be known.
     """
     prompt_tokens = [answer.prompt_tokens for answer in answers if answer.prompt_tokens is not None]
     output_tokens = [answer.output_tokens for answer in answers]
@@ -47,7 +55,9 @@ def summarize(
     latency = [answer.ended - answer.sent for answer in answers]
     return {
         "concurrency": concurrency,
+        "request_rate": request_rate,
         "requests": len(answers) + sum(failures.values()),
+        "completed": len(answers),
         "failed": sum(failures.values()),
         "failures": dict(failures),
         "short": sum(answer.is_short for answer in answers),
@@ -58,38 +68,41 @@ def summarize(
         "requests_per_s": len(answers) / duration,
         "input_tokens_per_s": sum(prompt_tokens) / duration if knows_prompts else None,
         "output_tokens_per_s": sum(output_tokens) / duration,
-        "ttft_ms": _percentiles(ttft),
-        "tpot_ms": _percentiles(tpot),
-        "itl_ms": _percentiles(itl),
-        "latency_ms": _percentiles(latency),
+        "ttft_ms": _distribution(ttft),
+        "tpot_ms": _distribution(tpot),
+        "itl_ms": _distribution(itl),
+        "latency_ms": _distribution(latency),
         "prefix_hit_rate": (
             sum(cached_tokens) / sum(prompt_tokens) if cached_tokens and sum(prompt_tokens) else None
         ),
     }
 
 
-def _percentiles(seconds: Sequence[float]) -> dict[str, float] | None:
-    """Return them in milliseconds, None of nothing."""
+def _distribution(seconds: Sequence[float]) -> dict[str, float] | None:
+    """Return mean and percentiles in milliseconds, None of nothing."""
     if not seconds:
         return None
-    values = np.percentile(seconds, PERCENTILES) * 1000
-    return {f"p{percent}": float(value) for percent, value in zip(PERCENTILES, values, strict=True)}
+    values = [np.mean(seconds), *np.percentile(seconds, PERCENTILES)]
+    names = ["mean", *(f"p{percent}" for percent in PERCENTILES)]
+    return {name: 1000 * float(value) for name, value in zip(names, values, strict=True)}
+
+
+def load_name(concurrency: int | None, request_rate: float | None) -> str:
+    """Return what a row is called."""
+    return f"concurrency {concurrency}" if request_rate is None else f"request rate {request_rate:g}"
+
+
+def _load(row: dict[str, Any]) -> str:
+    return load_name(row["concurrency"], row["request_rate"])
 
 
 def _number(name: str, form: str = ".1f") -> Callable[[dict[str, Any]], str]:
     return lambda row: "-" if row[name] is None else format(row[name], form)
 
 
-def _times(name: str, *percentiles: str) -> Callable[[dict[str, Any]], str]:
-    def show(row: dict[str, Any]) -> str:
-        return "/".join(f"{row[name][percent]:.1f}" for percent in percentiles) if row[name] else "-"
-
-    return show
-
-
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "concurrency": _number("concurrency", "d"),
-    "requests": _number("requests", "d"),
+    "load": _load,
+    "completed": _number("completed", "d"),
     "failed": _number("failed", "d"),
     "short": _number("short", "d"),
     "in": _number("input_tokens_mean"),
@@ -98,17 +111,25 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "requests/s": _number("requests_per_s", ".2f"),
     "in tok/s": _number("input_tokens_per_s"),
     "out tok/s": _number("output_tokens_per_s"),
-    "TTFT": _times("ttft_ms", "p50", "p90", "p99"),
-    "TPOT": _times("tpot_ms", "p50", "p90", "p99"),
-    "ITL": _times("itl_ms", "p50", "p90", "p99"),
-    "e2e": _times("latency_ms", "p50", "p99"),
     "hits": _number("prefix_hit_rate", ".1%"),
 }
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Return rows as a Markdown table that also reads well as plain text."""
-    cells = [list(COLUMNS), *([show(row) for show in COLUMNS.values()] for row in rows)]
+    """Return counts and rates, then the times, as Markdown tables that also read well as plain text."""
+    rates = [list(COLUMNS), *([show(row) for show in COLUMNS.values()] for row in rows)]
+    times = [["load", "ms", "mean", *(f"p{percent}" for percent in PERCENTILES)]]
+    for row in rows:
+        for title, name in TIMES.items():
+            values = row[name]
+            cells = (
+                [f"{value:.1f}" for value in values.values()] if values else (len(PERCENTILES) + 1) * ["-"]
+            )
+            times.append([_load(row), title, *cells])
+    return f"{_aligned(rates)}\n\n{_aligned(times)}"
+
+
+def _aligned(cells: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["| " + " | ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in cells]
     lines.insert(1, "|" + "|".join("-" * (w + 1) + ":" for w in widths) + "|")
@@ -125,8 +146,5 @@ def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
             "and short are those that did not end for their length."
         )
     for row in rows:
-        lines += [
-            f"concurrency {row['concurrency']}: {count} failed: {reason}"
-            for reason, count in row["failures"].items()
-        ]
+        lines += [f"{_load(row)}: {count} failed: {reason}" for reason, count in row["failures"].items()]
     return lines

@@ -33,6 +33,9 @@ class FakeServer:
         most_tokens: Where an answer stops if it is not to stop before.
         tells_usage: Whether it counts tokens.
         cached_tokens: Of every prompt; None if it does not tell.
+        model: What it calls its model in answers; None if it does not.
+        version: What it tells at ``/version``; None if there is no such thing.
+        refuses_ignore_eos: Whether it refuses requests that have this field.
         faults: What goes wrong with a request, by how many came before it: ``refused``, ``no json``,
             ``error event``, ``cut``, or ``interrupt``: somebody presses Ctrl-C then.
         bodies: What was asked.
@@ -48,6 +51,9 @@ class FakeServer:
     most_tokens: int = 1000
     tells_usage: bool = True
     cached_tokens: int | None = None
+    model: str | None = None
+    version: str | None = None
+    refuses_ignore_eos: bool = False
     faults: dict[int, str] = field(default_factory=dict)
     bodies: list[dict[str, Any]] = field(default_factory=list)
     keys: set[str | None] = field(default_factory=set)
@@ -62,6 +68,9 @@ class FakeServer:
     async def models(self) -> dict[str, Any]:
         return {"object": "list", "data": [{"id": "first"}, {"id": "second"}]}
 
+    async def tell_version(self) -> Response:
+        return JSONResponse({"version": self.version}) if self.version else Response(status_code=404)
+
     async def answer(self, request: Request) -> Response:
         body = await request.json()
         fault = self.faults.get(len(self.bodies))
@@ -71,6 +80,10 @@ class FakeServer:
         self.ports.add(request.client.port)
         if fault == "refused":
             return JSONResponse({"error": {"message": "too long,\n says the server"}}, 400)
+        if self.refuses_ignore_eos and "ignore_eos" in body:
+            return JSONResponse(
+                {"error": {"message": "Unrecognized request argument supplied: ignore_eos"}}, 400
+            )
         if fault == "no json":
             return Response("<b>bad gateway</b>", 502)
         if fault == "interrupt":
@@ -82,6 +95,8 @@ class FakeServer:
         self.most_at_once = max(self.most_at_once, self.at_once)
         try:
             async for event in self._events(body, fault):
+                if self.model:
+                    event["model"] = self.model
                 yield f"data: {json.dumps(event, ensure_ascii=False)}\n\n"
             yield "data: [DONE]\n\n"
         finally:
@@ -122,6 +137,7 @@ def fake_openai_server() -> Iterator[FakeServer]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         fake = FakeServer(f"http://127.0.0.1:{listener.getsockname()[1]}/v1")
         app.get("/v1/models")(fake.models)
+        app.get("/version")(fake.tell_version)
         app.post("/v1/completions")(fake.answer)
         app.post("/v1/chat/completions")(fake.answer)
         server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))

@@ -1,4 +1,4 @@
-"""The load generator measures what a server does, seen on one with known delays and on known times."""
+"""The load generator measures what a server does, seen on one with known delays."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmark_serving import WORDS, PromptMaker, main
+from benchmark_serving import main
 from fake_openai_server import TOKENS_PER_WORD, FakeServer, fake_openai_server
-from serving_client import Answer, ServerClient, ServerError
-from serving_table import COLUMNS, summarize
+from serving_client import ServerClient, ServerError
+from serving_prompts import WORDS, PromptMaker
+from serving_table import COLUMNS
 
 PRECISION = 0.02  # seconds, on a machine that does other things, too
 NUM_QUESTIONS = 2  # how long a prompt is
@@ -90,6 +93,48 @@ def test_so_many_requests_are_under_way_and_a_warm_up_is_not_counted(server: Fak
     assert 2 < rows[0]["duration_s"] / rows[1]["duration_s"] < 4
     prompts = [body["prompt"] for body in server.bodies[NUM_QUESTIONS:]]
     assert len(prompts) == 3 * (1 + 6) == len(set(prompts)), "a row's prompts are in no other row"
+
+
+def test_warm_ups_run_as_many_at_once_as_the_row(server: FakeServer, run: Run) -> None:
+    server.prepare(first_delay=0.05, faults=dict.fromkeys((NUM_QUESTIONS + 5, NUM_QUESTIONS + 6), "refused"))
+    _, _, report = run(*load(2, "2", "2"), "--num-warmups", "5")
+    assert server.most_at_once == 2, "of the warm-ups, as nothing else is answered"
+    assert len(server.bodies) == NUM_QUESTIONS + 5 + 2
+    assert (report["rows"][0]["completed"], report["rows"][0]["failed"]) == (0, 2)
+
+
+def test_requests_start_at_the_rate_however_many_are_under_way(server: FakeServer, run: Run) -> None:
+    server.prepare(first_delay=0.4)
+    names = ["--num-prompts=24", "--request-rate=100", "--output-len=2"]
+    status, lines, report = run(*names)
+    [row] = report["rows"]
+    assert status == 0 and (row["completed"], row["request_rate"], row["concurrency"]) == (24, 100, None)
+    assert server.most_at_once == 24, "none waits for another's end"
+    assert 0.4 < row["duration_s"] < 1.2
+    assert row["ttft_ms"]["p50"] == pytest.approx(400, abs=2000 * PRECISION)
+    assert "request rate 100" in lines[2]
+
+
+def test_the_report_tells_what_was_run_with_what(server: FakeServer, run: Run, tmp_path: Path) -> None:
+    server.prepare(model="served", version="1.2.3")
+    file = tmp_path / "report.json"
+    _, _, report = run(*load(1, "1"), "--api-key=secret", "--model", "mine", "--output-file", str(file))
+    assert json.loads(file.read_text()) == report
+    assert report["command"].startswith(
+        f"scripts/benchmark_serving.py --base-url {server.url} --num-requests=1"
+    )
+    assert "--api-key=KEY" in report["command"] and "secret" not in file.read_text()
+    assert report["server"] == {"model": "served", "version": "1.2.3", "ignore_eos": True}
+    assert report["model"] == "mine" and {"python", "httpx"} <= report["versions"].keys()
+    assert datetime.fromisoformat(report["date"]).tzinfo is not None
+
+
+def test_a_server_that_does_not_take_ignore_eos_is_asked_without(server: FakeServer, run: Run) -> None:
+    server.prepare(refuses_ignore_eos=True)
+    status, lines, report = run(*load(2, "1"))
+    assert status == 0 and report["rows"][0]["failed"] == 0 and report["server"]["ignore_eos"] is False
+    assert ["ignore_eos" in body for body in server.bodies] == [True, *(NUM_QUESTIONS + 1 + 2) * [False]]
+    assert "does not take ignore_eos" in lines[0]
 
 
 def test_the_same_seed_asks_the_same_and_another_does_not(server: FakeServer, run: Run) -> None:
@@ -218,19 +263,29 @@ def test_a_refused_warm_up_leaves_the_rows_before_it(server: FakeServer, run: Ru
     ("option", "value", "message"),
     [
         ("--concurrency", "1,65", "more than the 64 of --num-requests"),
-        ("--concurrency", "0", "0 is less than 1"),
-        ("--input-tokens", "9:8", "9 is more than 8"),
-        ("--output-tokens", "0", "0 is less than 1"),
-        ("--shared-prefix-tokens", "256", "not less than --input-tokens"),
-        ("--warmup", "-1", "-1 is less than 0"),
+        ("--concurrency/--max-concurrency", "0", "0 is less than 1"),
+        ("--input-len/--input-tokens", "9:8", "9 is more than 8"),
+        ("--output-len/--output-tokens", "0", "0 is less than 1"),
+        ("--shared-prefix-len", "256", "not less than --input-len"),
+        ("--num-warmups/--warmup", "-1", "-1 is less than 0"),
+        ("--request-rate", "1,0", "1,0 is not above 0 and finite"),
+        ("--request-rate", "inf", "inf is not above 0 and finite"),
+        ("--output-file", ".", ". is a folder or in one that does not exist"),
+        ("--output-file", "nowhere/file", "nowhere/file is a folder or in one that does not exist"),
     ],
 )
 def test_options_that_make_no_sense_are_named(
     option: str, value: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        main([f"{option}={value}"])
+        main([f"{option.partition('/')[0]}={value}"])
     assert f"argument {option}: {message}" in capsys.readouterr().err
+
+
+def test_a_load_is_a_closed_loop_or_an_open_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--concurrency=2", "--request-rate=2"])
+    assert "argument --request-rate: not allowed with argument --concurrency" in capsys.readouterr().err
 
 
 def test_no_more_connections_are_opened_than_are_used_at_once(server: FakeServer) -> None:
@@ -243,36 +298,3 @@ def test_no_more_connections_are_opened_than_are_used_at_once(server: FakeServer
         return server.ports
 
     assert len(asyncio.run(ask())) == 2
-
-
-# The arithmetic, of answers whose times are known
-
-
-def answer(sent: float, times: list[float], ended: float, tokens: int, **details: Any) -> Answer:
-    usage = {"prompt_tokens": 10, "completion_tokens": tokens, "prompt_tokens_details": details or None}
-    return Answer(8, sent, times, ended, "length", usage)
-
-
-def test_a_chunk_of_several_tokens_counts_once_between_chunks_and_wholly_per_token() -> None:
-    row = summarize(1, [answer(1.0, [1.5, 1.7, 2.0], 2.1, 7)], {}, 2.0)
-    for name, seconds in {"ttft": 0.5, "tpot": 0.1, "itl": 0.25, "latency": 1.1}.items():
-        assert row[f"{name}_ms"]["p50"] == pytest.approx(1000 * seconds), name
-    assert row["itl_ms"]["p99"] == pytest.approx(299)
-    assert row["output_tokens_per_s"] == 3.5 and row["input_tokens_per_s"] == 5
-    assert row["short"] == 1 and row["prefix_hit_rate"] is None
-
-
-def test_percentiles_are_over_requests() -> None:
-    row = summarize(1, [answer(0.0, [i / 1000], 1.0, 1) for i in range(101)], {}, 1.0)
-    assert row["ttft_ms"] == pytest.approx({"p50": 50, "p90": 90, "p99": 99})
-    assert row["tpot_ms"] is row["itl_ms"] is None, "an answer of one token has no second"
-
-
-def test_a_server_may_leave_out_that_nothing_was_cached() -> None:
-    answers = [answer(0.0, [1.0], 1.0, 1, cached_tokens=5), answer(0.0, [1.0], 1.0, 1)]
-    assert summarize(1, answers, {}, 1.0)["prefix_hit_rate"] == 0.25
-
-
-def test_an_answer_without_text_came_with_its_end() -> None:
-    row = summarize(1, [answer(0.0, [], 0.5, 1)], {}, 1.0)
-    assert row["ttft_ms"]["p50"] == row["latency_ms"]["p50"] == 500
