@@ -22,8 +22,9 @@ from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from turboquant_core.paged_store import PagedStore
+from turboquant_core.prefill_plan import PrefillPlan
 from turboquant_core.reference import AttentionOptions
-from turboquant_core.step_plan import Chunk, DecodePlan
+from turboquant_core.step_plan import DecodePlan
 
 ATTENTION_NAME = "turboquant"
 
@@ -52,10 +53,10 @@ class Attention(Protocol):
 
 @dataclass(frozen=True)
 class PrefillAttention:
-    """Chunks of new tokens, one after another."""
+    """Chunks of new tokens, one after another; their plans for each group of layers."""
 
     store: PagedStore
-    chunks: Sequence[Chunk]
+    plans: Sequence[Sequence[PrefillPlan]]
 
     def attend(
         self,
@@ -67,7 +68,8 @@ class PrefillAttention:
         writes: bool,
     ) -> Tensor:
         """See `PagedStore.prefill`."""
-        return self.store.prefill(layer_idx, queries, keys, values, self.chunks, options, writes=writes)
+        plans = self.plans[self.store.layers[layer_idx].group]
+        return self.store.prefill(layer_idx, queries, keys, values, plans, options, writes=writes)
 
 
 @dataclass(frozen=True)

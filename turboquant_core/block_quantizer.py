@@ -31,7 +31,7 @@ VALUE_SCALE: ScaleRule = "unbiased"
 
 # Codes are chosen for these lengths of a vector too, and those are kept that point best in its direction: at
 # 4 / 3 / 2 bits and dim 128 this takes 12 / 5 / 1% off the squared error; more lengths would take 2% more.
-_TRIAL_LENGTHS = (0.84, 0.92, 1.08, 1.16)
+TRIAL_LENGTHS = (0.84, 0.92, 1.08, 1.16)
 _INT8_MAX = 127
 _GROUPS = (BLOCK_SIZE // MEAN_SIZE, MEAN_SIZE)
 
@@ -167,7 +167,7 @@ class BlockQuantizer:
         coder = self._coder(y.device)
         chosen = torch.ones_like(lengths)
         best = _cosine(unit, coder.near_levels(unit))
-        for length in _TRIAL_LENGTHS:
+        for length in TRIAL_LENGTHS:
             cosine = _cosine(unit, coder.near_levels(unit * length))
             chosen = torch.where(cosine > best, length, chosen)
             best = torch.maximum(cosine, best)

@@ -1,7 +1,8 @@
-"""ExactCodec: BlockCodec's methods for blocks that are kept as they come.
+"""ExactCodec: BlockCodec's methods for blocks that are kept in the model's own type.
 
-A record is a block's keys, ``[64, key_dim]``, and then its values, in the model's own type. It tells what
-compression costs from what everything around it does.
+A record is two halves of 32 tokens, each of them keys and then values, in the tiles and lanes of `record.py`
+with a number in place of a code: a lane has its 8 numbers (r, j) of a tile side by side. So kernels that read
+those records read these. It tells what compression costs from what everything around it does.
 """
 # mypy: disable-error-code="no-untyped-call"
 # (torch's own methods)
@@ -10,8 +11,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from turboquant_core.config import BLOCK_SIZE
+from turboquant_core.record_codes import KEYS, RECORD_ORDER, VALUES, permute, tile_axes, to_bytes
+
+_TILE = 16
+_NUM_HALVES = 2
 
 
 class ExactCodec:
@@ -23,25 +29,53 @@ class ExactCodec:
         dtype: Floating-point type in which they are kept.
 
     Attributes:
+        dtype: As given.
         record_bytes: Size of the record of one block and kv head.
     """
 
     def __init__(self, key_dim: int, value_dim: int, dtype: torch.dtype) -> None:
+        self.dtype = dtype
         self._dims = (key_dim, value_dim)
-        self._dtype = dtype
-        self._sizes = [BLOCK_SIZE * dim * dtype.itemsize for dim in self._dims]
-        self.record_bytes = sum(self._sizes)
+        self._num_tiles = [-(-dim // _TILE) for dim in self._dims]
+        # Of half a record.
+        self._sizes = [
+            BLOCK_SIZE // _NUM_HALVES * _TILE * count * dtype.itemsize for count in self._num_tiles
+        ]
+        self.record_bytes = _NUM_HALVES * sum(self._sizes)
 
     def encode(self, keys: Tensor, values: Tensor) -> Tensor:
         """Make records of blocks."""
-        parts = [x.to(self._dtype).flatten(-2) for x in (keys, values)]
-        return torch.cat(parts, -1).view(torch.uint8)
+        return torch.cat([self._to_tiles(keys, KEYS), self._to_tiles(values, VALUES)], -1).flatten(-2)
 
     def decode(self, records: Tensor) -> tuple[Tensor, Tensor]:
         """Return the keys and values of records, in float32."""
-        parts = zip(records.contiguous().split(self._sizes, -1), self._dims, strict=True)
-        keys, values = (x.view(self._dtype).unflatten(-1, (BLOCK_SIZE, dim)).float() for x, dim in parts)
-        return keys, values
+        keys, values = self.read(records)
+        return keys.float(), values.float()
+
+    def read(self, records: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of records in the type that they are kept in."""
+        keys, values = records.contiguous().unflatten(-1, (_NUM_HALVES, -1)).split(self._sizes, -1)
+        return self._from_tiles(keys, KEYS), self._from_tiles(values, VALUES)
+
+    def _to_tiles(self, states: Tensor, kind: int) -> Tensor:
+        """Return the bytes of keys or values, ``[..., 2, num_bytes]``."""
+        num_tiles = self._num_tiles[kind]
+        states = pad(states.to(self.dtype), (0, _TILE * num_tiles - states.shape[-1]))
+        leading = states.shape[:-2]
+        tiles = (states.mT if kind == VALUES else states).flatten()
+        tiles = tiles.view(leading.numel(), *tile_axes(kind, num_tiles), 4)
+        order = (*RECORD_ORDER[kind], len(RECORD_ORDER[kind]))
+        return to_bytes(permute(tiles, order).flatten(2)).view(*leading, _NUM_HALVES, self._sizes[kind])
+
+    def _from_tiles(self, data: Tensor, kind: int) -> Tensor:
+        """Undo `_to_tiles`."""
+        axes, order = tile_axes(kind, self._num_tiles[kind]), RECORD_ORDER[kind]
+        leading = data.shape[:-2]
+        tiles = data.flatten().view(self.dtype).view(leading.numel(), *(axes[axis] for axis in order), 4)
+        back = [*(order.index(axis) for axis in range(len(order))), len(order)]
+        shape = (BLOCK_SIZE, _TILE * self._num_tiles[kind])
+        states = permute(tiles, back).reshape(*leading, *(shape[::-1] if kind == VALUES else shape))
+        return (states.mT if kind == VALUES else states)[..., : self._dims[kind]]
 
     def stored(self, records: Tensor) -> tuple[Tensor, Tensor]:
         """Return the keys and values of records as they are stored: they are not transformed."""

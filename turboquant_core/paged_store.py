@@ -22,11 +22,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from turboquant_core import reference
 from turboquant_core.block_codec import BlockCodec
 from turboquant_core.config import BLOCK_SIZE
-from turboquant_core.reference import AttentionOptions, Codec, chunk_attention, decode_attention
+from turboquant_core.prefill_plan import PrefillPlan, plan_prefill
+from turboquant_core.reference import AttentionOptions, Codec, decode_attention
 from turboquant_core.request_cache import Visibility
-from turboquant_core.step_plan import Chunk, DecodePlan, new_blocks, visible_blocks
+from turboquant_core.step_plan import Chunk, DecodePlan
 from turboquant_core.timeline import Timeline
 
 
@@ -60,6 +62,9 @@ class PagedStore:
         num_slots: Most requests that run at once.
         dtype: Of the model's keys and values.
         device: Where everything lies.
+
+    Attributes:
+        uses_kernels: Whether kernels compute what they can, not their references: so on a GPU.
     """
 
     def __init__(
@@ -77,6 +82,7 @@ class PagedStore:
         self.visibilities = tuple(visibilities)
         self.timeline = timeline
         self.device = device
+        self.uses_kernels = device.type == "cuda"
         self.records = {
             index: torch.empty(
                 num_blocks[layer.group],
@@ -103,6 +109,13 @@ class PagedStore:
         exact = sum(tensor.nbytes for pair in self.exact.values() for tensor in pair)
         return exact + sum(records.nbytes for records in self.records.values())
 
+    def plan_prefill(self, chunks: Sequence[Chunk]) -> list[list[PrefillPlan]]:
+        """Return the plans of chunks for each group of layers."""
+        return [
+            plan_prefill(chunks, group, visibility, self.timeline, self.device)
+            for group, visibility in enumerate(self.visibilities)
+        ]
+
     def copy_slot(self, source: int, target: int) -> None:
         """Make the exact tokens of a slot those of another."""
         for pair in self.exact.values():
@@ -115,7 +128,7 @@ class PagedStore:
         queries: Tensor,
         keys: Tensor,
         values: Tensor,
-        chunks: Sequence[Chunk],
+        plans: Sequence[PrefillPlan],
         options: AttentionOptions,
         *,
         writes: bool = True,
@@ -124,26 +137,21 @@ class PagedStore:
 
         Args:
             layer_idx: Of the layer whose cache is meant.
-            queries: ``[num_tokens, num_heads, key_dim]``, the chunks' tokens one after another. A request may
-                have several chunks, in order of their positions.
+            queries: ``[num_tokens, num_heads, key_dim]``, the tokens of one plan after another.
             keys: ``[num_tokens, num_kv_heads, key_dim]``.
             values: ``[num_tokens, num_kv_heads, value_dim]``.
-            chunks: Of one request, at most the last may be of generated tokens.
+            plans: Of the layer's group. Of one request, at most the last may be of generated tokens.
             options: How scores are made.
             writes: False where another layer has already kept these keys and values.
 
         Returns:
             ``[num_tokens, num_heads, value_dim]`` in the dtype of the queries.
         """
-        outputs = []
-        start = 0
-        for chunk in chunks:
-            part = slice(start, start + chunk.num_tokens)
-            start = part.stop
-            outputs.append(self._attend(layer_idx, queries[part], keys[part], values[part], chunk, options))
-            if writes:
-                self.write(layer_idx, keys[part], values[part], chunk)
-        return torch.cat(outputs)
+        sizes = [plan.num_tokens for plan in plans]
+        of_plans = zip(queries.split(sizes), keys.split(sizes), values.split(sizes), plans, strict=True)
+        return torch.cat(
+            [self._prefill_run(layer_idx, q, k, v, plan, options, writes) for q, k, v, plan in of_plans]
+        )
 
     def decode(
         self,
@@ -172,127 +180,105 @@ class PagedStore:
         """
         codec, records = self.layers[layer_idx].codec, self.records[layer_idx]
         exact_keys, exact_values = exact = self.exact[layer_idx]
-        if plan.tables is not None and isinstance(codec, BlockCodec):
+        outputs = None
+        if plan.tables is not None:
             from turboquant_core.kernels.decode import decode  # Triton is there where a GPU is
 
             new = (keys, values) if writes else None
             outputs = decode(queries, new, exact, records, plan.tables, self.timeline, codec, options)
-        else:
+        if outputs is None:
             if writes:
                 exact_keys[plan.slots, :, plan.exact_indices] = keys
                 exact_values[plan.slots, :, plan.exact_indices] = values
             held = exact_keys[plan.slot_rows], exact_values[plan.slot_rows]
             outputs = decode_attention(queries, held, records, plan, codec, options)
         if writes and plan.new_block_ids.numel():
-            self._write_due_blocks(layer_idx, plan)
+            self._make_blocks(layer_idx, *exact, plan.new_slots, plan.new_starts, plan.new_block_ids)
         return outputs
 
-    def read(self, layer_idx: int, chunk: Chunk) -> tuple[Tensor, Tensor]:
-        """Return all keys and values before a chunk as its queries see them, in the order of the tokens.
+    def read(self, layer_idx: int, plan: PrefillPlan) -> tuple[Tensor, Tensor]:
+        """Return all keys and values before a single chunk as its queries see them, in order of the tokens.
 
         Returns:
             Keys ``[num_kv_heads, start, key_dim]`` and values ``[num_kv_heads, start, value_dim]`` in the
             model's dtype; of a layer whose queries see everything.
         """
-        layer = self.layers[layer_idx]
-        blocks = visible_blocks(chunk, layer.group, self.visibilities[layer.group], self.timeline)
-        ids = torch.tensor(blocks.ids, dtype=torch.int64, device=self.device)
-        records = self.records[layer_idx].index_select(0, ids)
-        decoded = layer.codec.decode(records.transpose(0, 1))
+        codec = self.layers[layer_idx].codec
+        records = self.records[layer_idx].index_select(0, plan.block_ids)
+        decoded = codec.decode(records.transpose(0, 1))
         parts = []
-        for exact, stored in zip(self.exact[layer_idx], decoded, strict=True):
-            sinks, ring = self._held(exact, chunk)
-            parts.append(torch.cat([sinks, stored.flatten(1, 2).to(exact.dtype), ring], dim=1))
+        for held, stored in zip(self._held(layer_idx, plan), decoded, strict=True):
+            sinks, ring = held[:, : plan.num_sinks], held[:, plan.num_sinks :]
+            parts.append(torch.cat([sinks, stored.flatten(1, 2).to(held.dtype), ring], dim=1))
         return parts[0], parts[1]
 
-    def write(self, layer_idx: int, keys: Tensor, values: Tensor, chunk: Chunk) -> None:
-        """Keep the keys and values of a chunk, ``[num_tokens, num_kv_heads, head_dim]``."""
-        layer = self.layers[layer_idx]
-        first, ids = new_blocks(chunk, layer.group, self.timeline)
+    def write(self, layer_idx: int, keys: Tensor, values: Tensor, plan: PrefillPlan) -> None:
+        """Keep the keys and values of a plan's tokens, ``[num_tokens, num_kv_heads, head_dim]``."""
         states = keys.transpose(0, 1), values.transpose(0, 1)
-        # Tokens that would overwrite each other in the ring: only the last one stays.
-        num_kept = max(0, min(chunk.num_tokens, self.timeline.ring_size))
-        kept = range(chunk.end - num_kept, chunk.end)
-        sinks = range(chunk.start, min(kept.start, self.timeline.num_sinks))
-        positions = [*sinks, *kept]
-        places = torch.tensor([self.timeline.exact_index(p) for p in positions], device=self.device)
-        rows = torch.tensor([p - chunk.start for p in positions], device=self.device)
-        for exact, new in zip(self.exact[layer_idx], states, strict=True):
-            if chunk.start == 0:  # what another request has left is multiplied by zero, and may be NaN
-                exact[chunk.cache.slot] = 0
-            exact[chunk.cache.slot, :, places] = new[:, rows].to(exact.dtype)
-        if not ids:
-            return
-        block_start = self.timeline.num_sinks + BLOCK_SIZE * first
-        if block_start >= chunk.start:
-            begin = block_start - chunk.start
-            whole = [new[:, begin : begin + BLOCK_SIZE * len(ids)] for new in states]
-        else:  # generated tokens: the block's tokens lie in the ring, the oldest there
-            index = self.timeline.exact_index(block_start)
-            whole = [
-                exact[chunk.cache.slot, :, index : index + BLOCK_SIZE * len(ids)]
-                for exact in self.exact[layer_idx]
-            ]
-        encoded = layer.codec.encode(*(states.unflatten(1, (len(ids), BLOCK_SIZE)) for states in whole))
-        self._keep(layer_idx, torch.tensor(ids, device=self.device), encoded)
+        slots = [exact[plan.slot] for exact in self.exact[layer_idx]]
+        for slot, new in zip(slots, states, strict=True):
+            if plan.start == 0:  # what another request has left is multiplied by zero, and may be NaN
+                slot.zero_()
+            slot[:, plan.kept_places] = new[:, plan.kept_rows].to(slot.dtype)
+        if plan.new_block_ids.numel():
+            source = slots if plan.are_new_in_slot else states
+            tokens = source[0].unsqueeze(0), source[1].unsqueeze(0)
+            rows = torch.zeros_like(plan.new_starts)
+            self._make_blocks(layer_idx, *tokens, rows, plan.new_starts, plan.new_block_ids)
 
-    def _attend(
+    def _prefill_run(
         self,
         layer_idx: int,
         queries: Tensor,
         keys: Tensor,
         values: Tensor,
-        chunk: Chunk,
+        plan: PrefillPlan,
         options: AttentionOptions,
+        writes: bool,
     ) -> Tensor:
-        layer = self.layers[layer_idx]
-        visibility = self.visibilities[layer.group]
-        blocks = visible_blocks(chunk, layer.group, visibility, self.timeline)
-        exact_keys, exact_values = (
-            torch.cat([*self._held(held, chunk), new.transpose(0, 1)], dim=1)
-            for held, new in zip(self.exact[layer_idx], (keys, values), strict=True)
-        )
-        positions = torch.arange(chunk.start, chunk.end, device=self.device)[:, None]
-        first_visible = torch.tensor(
-            [[visibility.first_visible(p)] for p in range(chunk.start, chunk.end)], device=self.device
-        )
-        num_sinks = min(chunk.start, self.timeline.num_sinks)
-        held_positions = torch.arange(chunk.end - exact_keys.shape[1], chunk.end, device=self.device)
-        held_positions[:num_sinks] = torch.arange(num_sinks, device=self.device)
-        block_mask = None
-        if visibility.reach is not None:
-            end = blocks.start + BLOCK_SIZE * len(blocks.ids)
-            block_mask = torch.arange(blocks.start, end, device=self.device) >= first_visible
-        return chunk_attention(
-            queries,
-            (exact_keys, exact_values),
-            (held_positions <= positions) & (held_positions >= first_visible),
-            self.records[layer_idx],
-            blocks.ids,
-            block_mask,
-            layer.codec,
-            options,
-        )
+        """See `prefill`; of one plan."""
+        codec, records = self.layers[layer_idx].codec, self.records[layer_idx]
+        new = keys.transpose(0, 1), values.transpose(0, 1)
+        if plan.start == 0:
+            held = new[0][:, : plan.num_sinks], new[1][:, : plan.num_sinks]
+        else:
+            held = self._held(layer_idx, plan)
+        if writes:
+            self.write(layer_idx, keys, values, plan)
+        if self.uses_kernels:
+            from turboquant_core.kernels.triton_prefill import (
+                prefill_attention,  # Triton is there where a GPU is
+            )
 
-    def _held(self, exact: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
-        """Return the exact tokens before a chunk, ``[heads, tokens, dim]``: sinks, those after its blocks."""
-        timeline = self.timeline
-        num_sinks = min(chunk.start, timeline.num_sinks)
-        first = timeline.num_sinks + BLOCK_SIZE * timeline.num_visible_blocks(
-            chunk.start, chunk.num_prompt_tokens
-        )
-        places = [timeline.exact_index(position) for position in range(first, chunk.start)]
-        held = exact[chunk.cache.slot]
-        return held[:, :num_sinks], held[:, places]
+            return prefill_attention(queries, held, new, records, plan, codec, options)
+        return reference.prefill_attention(queries, held, new, records, plan, codec, options)
 
-    def _write_due_blocks(self, layer_idx: int, plan: DecodePlan) -> None:
-        places = plan.new_starts[:, None] + torch.arange(BLOCK_SIZE, device=self.device)
-        slots = plan.slots[plan.new_owners][:, None]
+    def _held(self, layer_idx: int, plan: PrefillPlan) -> tuple[Tensor, Tensor]:
+        """Return the exact keys and values before a plan's chunks, ``[num_kv_heads, num_held, dim]``."""
+        keys, values = self.exact[layer_idx]
+        return keys[plan.slot][:, plan.held_places], values[plan.slot][:, plan.held_places]
+
+    def _make_blocks(
+        self, layer_idx: int, keys: Tensor, values: Tensor, rows: Tensor, starts: Tensor, block_ids: Tensor
+    ) -> None:
+        """Make blocks of 64 tokens each.
+
+        Args:
+            layer_idx: Of the layer.
+            keys: ``[num_rows, num_kv_heads, num_places, key_dim]``.
+            values: Likewise.
+            rows: ``[num_blocks]``, where the tokens of each lie.
+            starts: ``[num_blocks]``, the place of its first token there; the others follow.
+            block_ids: ``[num_blocks]``, which these become.
+        """
+        codec, records = self.layers[layer_idx].codec, self.records[layer_idx]
+        if self.uses_kernels and isinstance(codec, BlockCodec):
+            from turboquant_core.kernels.triton_encode import encode_blocks
+
+            encode_blocks(keys, values, rows, starts, records, block_ids, codec)
+            return
+        places = starts[:, None] + torch.arange(BLOCK_SIZE, device=self.device)
         # Indices on both sides of the heads put the indexed dimensions first: [blocks, 64, heads, dim].
-        tokens = [exact[slots, :, places].permute(2, 0, 1, 3) for exact in self.exact[layer_idx]]
-        encoded = self.layers[layer_idx].codec.encode(*tokens)
-        self._keep(layer_idx, plan.new_block_ids, encoded)
-
-    def _keep(self, layer_idx: int, ids: Tensor, encoded: Tensor) -> None:
+        tokens = [states[rows[:, None], :, places].permute(2, 0, 1, 3) for states in (keys, values)]
         # Copies whole records, in a fraction of the time that indexing takes.
-        self.records[layer_idx].index_copy_(0, ids, encoded.transpose(0, 1))
+        records.index_copy_(0, block_ids, codec.encode(*tokens).transpose(0, 1))

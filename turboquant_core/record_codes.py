@@ -20,10 +20,8 @@ _NUM_LANES = 32
 # j at bit 4j and sign j here; at 4 bits these are the places from which one swap brings all signs to theirs.
 _SIGN_BITS = {2: (1, 5, 9, 13), 3: (2, 6, 10, 14), 4: (7, 15, 3, 11)}
 
-# The axes of a block's quads, and their order in a record: sub-block, tile, lane, r.
-#   keys    sub-block, tile row, g // 2, r, g % 2, tile column, t
-#   values  tile row, r, g, sub-block, tile column, t
-_RECORD_ORDER = {KEYS: (0, 1, 5, 2, 4, 6, 3), VALUES: (3, 0, 4, 2, 5, 1)}
+# The order of the axes of a block's quads (`tile_axes`) in a record: sub-block, tile, lane, r.
+RECORD_ORDER = {KEYS: (0, 1, 5, 2, 4, 6, 3), VALUES: (3, 0, 4, 2, 5, 1)}
 
 
 def quad_table(levels: Tensor, bits: int) -> Tensor:
@@ -40,6 +38,15 @@ def quad_table(levels: Tensor, bits: int) -> Tensor:
     return levels[torch.where(is_negative, half - 1 - magnitudes, half + magnitudes)]
 
 
+def tile_axes(kind: int, num_tiles: int) -> tuple[int, ...]:
+    """Return the axes of a block's quads, of a head dim of so many tiles.
+
+    Keys: sub-block, tile row, g // 2, r, g % 2, tile column, t.
+    Values, transposed: tile row, r, g, sub-block, tile column, t.
+    """
+    return (num_tiles, 2, 8, 2, 2, 4) if kind == VALUES else (2, 2, 4, 2, 2, num_tiles, 4)
+
+
 class CodeLayout:
     """Say where the codes of keys, or of values, lie in the two halves of a record."""
 
@@ -51,8 +58,8 @@ class CodeLayout:
         self._bits = bits
         self._num_tiles = num_tiles
         self._is_transposed = kind == VALUES
-        self._axes = (num_tile_cols, 2, 8, 2, 2, 4) if kind == VALUES else (2, 2, 4, 2, 2, num_tile_cols, 4)
-        self._order = _RECORD_ORDER[kind]
+        self._axes = tile_axes(kind, num_tile_cols)
+        self._order = RECORD_ORDER[kind]
         # Words of each plane, for each lane.
         self._num_words = {
             2: [num_tiles // 2],

@@ -8,7 +8,7 @@ brought back at the end. Everything is float32. Knows neither requests nor where
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from turboquant_core.block_codec import BlockCodec
 from turboquant_core.config import BLOCK_SIZE
 from turboquant_core.exact_codec import ExactCodec
+from turboquant_core.prefill_plan import PlannedChunk, PrefillPlan
 from turboquant_core.softmax import RunningSoftmax
 from turboquant_core.step_plan import DecodePlan
 
@@ -44,32 +45,58 @@ class AttentionOptions:
     sink_scores: Tensor | None = None
 
 
-def chunk_attention(
+def prefill_attention(
     queries: Tensor,
-    exact: tuple[Tensor, Tensor],
-    exact_mask: Tensor,
+    held: tuple[Tensor, Tensor],
+    new: tuple[Tensor, Tensor],
     records: Tensor,
-    block_ids: Sequence[int],
-    block_mask: Tensor | None,
+    plan: PrefillPlan,
     codec: Codec,
     options: AttentionOptions,
 ) -> Tensor:
-    """Attend for tokens of one request that see the same blocks.
+    """Attend for chunks of one request that follow each other.
 
     Args:
         queries: ``[num_tokens, num_heads, key_dim]``.
-        exact: Keys ``[num_kv_heads, num_exact, key_dim]`` and values of `value_dim`.
-        exact_mask: bool ``[num_tokens, num_exact]``, which of them each query sees.
-        records: uint8 ``[num_blocks, num_kv_heads, record_bytes]``, of all requests.
-        block_ids: Those of this one.
-        block_mask: bool ``[num_tokens, 64 * len(block_ids)]``, likewise; None stands for all.
+        held: Keys ``[num_kv_heads, num_held, key_dim]`` and values: the exact tokens before the chunks.
+        new: Keys ``[num_kv_heads, num_tokens, key_dim]`` and values: the chunks' own.
+        records: uint8 ``[num_blocks, num_kv_heads, record_bytes]``, of all requests; those of blocks that
+            are made of one chunk and seen by another are there.
+        plan: Which of all these each query sees.
         codec: Of the records.
         options: How scores are made.
 
     Returns:
         ``[num_tokens, num_heads, value_dim]`` in the dtype of the queries.
     """
-    exact_keys, exact_values = (states.float() for states in exact)
+    outputs = []
+    for chunk in plan.chunks:
+        # Tokens of an earlier chunk, if they are not in blocks yet.
+        rows = slice(max(0, chunk.exact_start - plan.start), chunk.rows.stop)
+        exact_keys, exact_values = (
+            torch.cat([old, states[:, rows]], dim=1).float() for old, states in zip(held, new, strict=True)
+        )
+        outputs.append(
+            _chunk_attention(
+                queries[chunk.rows], (exact_keys, exact_values), rows, records, plan, chunk, codec, options
+            )
+        )
+    return torch.cat(outputs)
+
+
+def _chunk_attention(
+    queries: Tensor,
+    exact: tuple[Tensor, Tensor],
+    exact_rows: slice,
+    records: Tensor,
+    plan: PrefillPlan,
+    chunk: PlannedChunk,
+    codec: Codec,
+    options: AttentionOptions,
+) -> Tensor:
+    """Attend for one chunk to the tokens that are held, to some of the plan's own, and to blocks."""
+    exact_keys, exact_values = exact
+    exact_mask, block_mask = _masks(plan, chunk, exact_rows)
     num_kv_heads, _, value_dim = exact_values.shape
     num_tokens = len(queries)
     # [num_kv_heads, heads of a group * num_tokens, key_dim]
@@ -88,9 +115,9 @@ def chunk_attention(
 
     add(grouped @ exact_keys.mT, exact_mask, lambda weights: weights @ exact_values)
     transformed = codec.transform_queries(grouped)
+    block_ids = plan.block_ids[chunk.blocks]
     for piece in _pieces(len(block_ids), num_kv_heads * (queries.shape[2] + value_dim), queries.device):
-        ids = torch.tensor(block_ids[piece], dtype=torch.int64, device=records.device)
-        blocks = records.index_select(0, ids).transpose(0, 1)
+        blocks = records.index_select(0, block_ids[piece]).transpose(0, 1)
         keys, values = (states.flatten(1, 2) for states in codec.stored(blocks))
         seen = block_mask
         if block_mask is not None:
@@ -152,6 +179,25 @@ def decode_attention(
     if num_blocks:
         softmax.total = softmax.total + _by_head(codec.restore_values, stored)
     return softmax.result().flatten(1, 2).to(queries.dtype)
+
+
+def _masks(plan: PrefillPlan, chunk: PlannedChunk, exact_rows: slice) -> tuple[Tensor, Tensor | None]:
+    """Return which exact tokens, and which of blocks, each query of a chunk sees; None stands for all."""
+    device = plan.block_ids.device
+    num_ring = len(plan.held_places) - plan.num_sinks if plan.start else 0
+    sinks = torch.arange(plan.num_sinks, device=device)
+    others = torch.arange(plan.start - num_ring, plan.start + exact_rows.stop, device=device)
+    others = torch.cat([others[:num_ring], others[num_ring + exact_rows.start :]])
+    positions = torch.cat([sinks, others])
+    is_sink = torch.arange(len(positions), device=device) < plan.num_sinks
+    is_held = torch.where(is_sink, positions < chunk.exact_start, positions >= chunk.exact_start)
+    queries = torch.arange(plan.start, plan.start + plan.num_tokens, device=device)[chunk.rows, None]
+    exact_mask = (positions <= queries) & is_held
+    if plan.first_visible is None:
+        return exact_mask, None
+    first_visible = plan.first_visible[chunk.rows, None]
+    blocks = torch.arange(chunk.blocks.start * BLOCK_SIZE, chunk.blocks.stop * BLOCK_SIZE, device=device)
+    return exact_mask & (positions >= first_visible), plan.blocks_start + blocks >= first_visible
 
 
 def _grouped(queries: Tensor, num_kv_heads: int, options: AttentionOptions) -> Tensor:

@@ -86,6 +86,8 @@ class DecodeTables:
         block_tables: ``[batch, max_blocks]``, ids of the blocks it sees, from the first with a visible token.
         block_starts: ``[batch]``, position of the first token of the first of them.
         num_blocks: ``[batch]``, how many; the rest of the row is undefined.
+        item_starts: ``[batch + 1]``, counts the pieces that a request's tokens are divided into, those of all
+            requests before it: for every kv head tiles of 16 places of its slot, then halves of its blocks.
     """
 
     slots: Tensor
@@ -95,6 +97,7 @@ class DecodeTables:
     block_tables: Tensor
     block_starts: Tensor
     num_blocks: Tensor
+    item_starts: Tensor
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ class DecodePlan:
         owners: int64 ``[num_blocks]``, row in the batch of each block's request.
         block_mask: bool ``[num_blocks, 64]``, which of their tokens are seen; None stands for all.
         new_block_ids: int64 ``[num_new]``, blocks that become due with these tokens.
-        new_owners: int64 ``[num_new]``, row in the batch of each.
+        new_slots: int64 ``[num_new]``, slot of the request of each.
         new_starts: int64 ``[num_new]``, where in the slot the block's first token lies.
         tables: The same for kernels; on a GPU only.
     """
@@ -123,7 +126,7 @@ class DecodePlan:
     owners: Tensor
     block_mask: Tensor | None
     new_block_ids: Tensor
-    new_owners: Tensor
+    new_slots: Tensor
     new_starts: Tensor
     tables: DecodeTables | None
 
@@ -152,8 +155,12 @@ def plan_decode(
         tokens = torch.tensor(starts, dtype=torch.int64).unsqueeze(1) + torch.arange(BLOCK_SIZE)
         block_mask = (tokens >= torch.tensor(first, dtype=torch.int64).unsqueeze(1)).to(device)
     due = [
-        (row, block_id, timeline.exact_index(timeline.num_sinks + BLOCK_SIZE * (first_index + offset)))
-        for row, chunk in enumerate(chunks)
+        (
+            chunk.cache.slot,
+            block_id,
+            timeline.exact_index(timeline.num_sinks + BLOCK_SIZE * (first_index + offset)),
+        )
+        for chunk in chunks
         for first_index, ids in [new_blocks(chunk, group, timeline)]
         for offset, block_id in enumerate(ids)
     ]
@@ -172,7 +179,7 @@ def plan_decode(
         owners=integers([row for row, blocks in enumerate(ranges) for _ in blocks.ids]),
         block_mask=block_mask,
         new_block_ids=integers([block_id for _, block_id, _ in due]),
-        new_owners=integers([row for row, _, _ in due]),
+        new_slots=integers([slot for slot, _, _ in due]),
         new_starts=integers([start for _, _, start in due]),
         tables=make_decode_tables(chunks, group, visibility, timeline, device)
         if device.type == "cuda"
@@ -186,6 +193,7 @@ def make_decode_tables(
     """Return the tables of chunks of one token each: what `step_plan.plan_decode` shows, in one copy."""
     ranges = [visible_blocks(chunk, group, visibility, timeline) for chunk in chunks]
     max_blocks = max(len(blocks.ids) for blocks in ranges)
+    num_tiles = -(-timeline.num_exact // 16)
     columns = [
         [chunk.cache.slot for chunk in chunks],
         [chunk.start for chunk in chunks],
@@ -197,13 +205,14 @@ def make_decode_tables(
         [visibility.first_visible(chunk.start) for chunk in chunks],
         [blocks.start for blocks in ranges],
         [len(blocks.ids) for blocks in ranges],
+        [0, *itertools.accumulate(num_tiles + 2 * len(blocks.ids) for blocks in ranges)],
         [block_id for blocks in ranges for block_id in blocks.ids + [0] * (max_blocks - len(blocks.ids))],
     ]
     numbers = torch.tensor([number for column in columns for number in column], dtype=torch.int32)
     if device.type == "cuda":
         numbers = numbers.pin_memory()
     sizes = [len(column) for column in columns]
-    slots, positions, exact_starts, first_visible, block_starts, num_blocks, ids = torch.split(
+    slots, positions, exact_starts, first_visible, block_starts, num_blocks, item_starts, ids = torch.split(
         numbers.to(device, non_blocking=True), sizes
     )
     return DecodeTables(
@@ -214,6 +223,7 @@ def make_decode_tables(
         block_tables=ids.view(len(chunks), max_blocks),
         block_starts=block_starts,
         num_blocks=num_blocks,
+        item_starts=item_starts,
     )
 
 

@@ -133,6 +133,7 @@ class Engine:
         num_slots: int = 2,
         dtype: torch.dtype = torch.float32,
         caches_prefixes: bool = False,
+        device: torch.device = CPU,
     ) -> None:
         self.layers = layers
         self.timeline = timeline
@@ -155,7 +156,7 @@ class Engine:
             num_blocks=num_blocks,
             num_slots=num_slots,
             dtype=dtype,
-            device=CPU,
+            device=device,
         )
         for records in self.store.records.values():
             records.fill_(255)
@@ -204,9 +205,13 @@ class Engine:
             assert request.cache.extend(request.num_computed, end)
             request.num_computed = end
         new = [request.tokens.part(chunk.start, chunk.end) for request, chunk in pairs]
-        states = [torch.cat(parts_of_states) for parts_of_states in zip(*new, strict=True)]
+        states = [
+            torch.cat(parts_of_states).to(self.store.device) for parts_of_states in zip(*new, strict=True)
+        ]
+        plans = self.store.plan_prefill([chunk for _, chunk in pairs])
         for index, layer in enumerate(self.layers):
-            outputs = self.store.prefill(index, *states, [chunk for _, chunk in pairs], layer.options)
+            plan = plans[self.store.layers[index].group]
+            outputs = self.store.prefill(index, *states, plan, layer.options)
             sizes = [chunk.num_tokens for _, chunk in pairs]
             for (request, chunk), output in zip(pairs, outputs.split(sizes), strict=True):
                 request.outputs[index, chunk.start : chunk.end] = output
@@ -219,9 +224,9 @@ class Engine:
             assert request.cache.extend(request.num_computed, request.num_computed + 1)
         chunks = [self._chunk(r, r.num_computed, r.num_computed + 1) for r in requests]
         new = [request.tokens.part(request.num_computed, request.num_computed + 1) for request in requests]
-        states = [torch.cat(rows) for rows in zip(*new, strict=True)]
+        states = [torch.cat(rows).to(self.store.device) for rows in zip(*new, strict=True)]
         plans = [
-            plan_decode(chunks, group, visibility, self.timeline, CPU)
+            plan_decode(chunks, group, visibility, self.timeline, self.store.device)
             for group, visibility in enumerate(self.store.visibilities)
         ]
         for index, layer in enumerate(self.layers):

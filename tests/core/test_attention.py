@@ -227,7 +227,7 @@ def test_logits_on_a_store_are_those_of_the_plain_model(name: str) -> None:
         while start < 200:
             chunks.append(Chunk(cache, start, TIMELINE.chunk_end(start, 200), 200))
             start = chunks[-1].end
-        with forward_context(PrefillAttention(store, chunks)):
+        with forward_context(PrefillAttention(store, store.plan_prefill(chunks))):
             logits = run(
                 model, PassThroughCache(model.config), token_ids[row : row + 1, :200], [[*range(200)]]
             )

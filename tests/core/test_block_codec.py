@@ -200,7 +200,7 @@ def test_the_exact_codec_returns_what_it_is_given(dtype: torch.dtype) -> None:
     keys, values = (gaussian(192, 2, dim).to(dtype).transpose(0, 1).unflatten(1, (3, 64)) for dim in (24, 40))
     records = codec.encode(keys, values)
     assert (records.dtype, records.shape) == (torch.uint8, (2, 3, codec.record_bytes))
-    assert codec.record_bytes == 64 * (24 + 40) * dtype.itemsize
+    assert codec.record_bytes == 64 * (32 + 48) * dtype.itemsize  # multiples of 16
     for decoded in (codec.decode(records), codec.stored(records)):
         assert all(x.dtype == torch.float32 for x in decoded)
         assert torch.equal(decoded[0], keys.float())

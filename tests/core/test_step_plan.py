@@ -110,8 +110,9 @@ def test_a_block_is_made_when_its_tokens_are_the_oldest_in_the_slot(
         position = prompt + more + (to_block_end if row % 2 == 0 else 0)
         chunks.append(open_at(manager, position, position + 1, prompt))
     plan = plan_decode(chunks, 0, visibility, timeline, CPU)
-    made = {row: index for index, row in enumerate(plan.new_owners.tolist())}
-    assert len(made) == len(plan.new_owners) == len(plan.new_starts) == len(plan.new_block_ids)
+    rows = {chunk.cache.slot: row for row, chunk in enumerate(chunks)}
+    made = {rows[slot]: index for index, slot in enumerate(plan.new_slots.tolist())}
+    assert len(made) == len(plan.new_slots) == len(plan.new_starts) == len(plan.new_block_ids)
     for row, chunk in enumerate(chunks):
         past_sinks = chunk.end - timeline.num_sinks - timeline.residual_length
         in_prompt = timeline.num_blocks(chunk.num_prompt_tokens, chunk.num_prompt_tokens)

@@ -5,9 +5,7 @@ More than 300 lines, as one way to make batches serves all tests.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import pytest
 import torch
@@ -35,18 +33,7 @@ NUM_BLOCKS = 40
 if not HAS_GPU and not isinstance(language.sum, interpreter.InterpretedFunction):
     pytest.skip("TRITON_INTERPRET must be set before triton is imported", allow_module_level=True)
 
-
-@pytest.fixture(autouse=True)
-def loops_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let bounds of loops be tensors: NumPy 2.4 makes no integer of an array of one number."""
-    original = interpreter._patch_lang_tensor
-
-    def patch(tensor: Any, scope: Any) -> None:
-        original(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
-    yield
+pytestmark = pytest.mark.usefixtures("loops_in_the_interpreter")
 
 
 @dataclass

@@ -21,7 +21,7 @@ struct Product {
   float factors[AT_ONCE];
   DEVICE Product(const float* matrix) : part(threadIdx.x / DIM), dim(threadIdx.x % DIM) {
     column = matrix + dim;
-    if (part < PARTS) fetch(0);
+    if (part < PARTS && !IS_PLAIN) fetch(0);
   }
   DEVICE void fetch(int first) {
 #pragma unroll
@@ -94,6 +94,7 @@ DEVICE void prepare_requests(const void* queries, const void* keys, const void* 
       if (thread < VALUE_DIM)
         ((u16*)exact_values)[target * VALUE_DIM + thread] = ((const u16*)values)[source * VALUE_DIM + thread];
     }
+  if (IS_PLAIN) return;
   __syncthreads();
   float sums[ROWS] = {};
   if (transform.part < Transform::PARTS) transform.add(rows, sums);
@@ -123,32 +124,14 @@ DEVICE void prepare_requests(const void* queries, const void* keys, const void* 
   }
 }
 
-DEVICE void count_items(const int* num_blocks, int* item_starts, int batch) {  // by the first warp of a grid
-  if (blockIdx.x > 0 || threadIdx.x >= 32) return;
-  const int lane = threadIdx.x;
-  int total = 0;
-  for (int first = 0; first < batch; first += 32) {
-    const int mine = first + lane < batch ? NUM_EXACT_TILES + 2 * num_blocks[first + lane] : 0;
-    int sum = mine;
-    for (int d = 1; d < 32; d <<= 1) {
-      const int below = __shfl_up_sync(~0u, sum, d);
-      if (lane >= d) sum += below;
-    }
-    if (first + lane < batch) item_starts[first + lane] = total + sum - mine;
-    total += __shfl_sync(~0u, sum, 31);
-  }
-  if (lane == 0) item_starts[batch] = total;
-}
-
 // A thread block for a kv head and one request, or MANY. matrix: [1 or num_heads][KEY_DIM][KEY_DIM], what queries
 // are multiplied with from the right. keys and values may be null: then nothing is kept.
 #define PREPARE(NAME, REQUESTS)                                                                                      \
   extern "C" __global__ void __launch_bounds__(AROUND_THREADS, 1)                                                    \
       NAME(const void* queries, const void* keys, const void* values, const float* matrix, int matrix_stride,        \
-           void* exact_keys, void* exact_values, const int* slots, const int* positions, const int* num_blocks,      \
-           int* item_starts, u16* stored_queries, u8* stored_bytes, float* stored_scales, int batch, int num_heads,  \
-           float scale) {                                                                                            \
-    count_items(num_blocks, item_starts, batch);                                                                     \
+           void* exact_keys, void* exact_values, const int* slots, const int* positions, u16* stored_queries,        \
+           u8* stored_bytes, float* stored_scales, int batch, int num_heads, float scale) {                          \
+    let_next_start();                                                                                                \
     prepare_requests<REQUESTS>(queries, keys, values, matrix, matrix_stride, exact_keys, exact_values, slots,        \
                                positions, stored_queries, stored_bytes, stored_scales, batch, num_heads, scale);     \
   }
@@ -184,6 +167,7 @@ DEVICE void merge_requests(const float* partials, const int* item_starts, const 
       counts[thread] += shares.owner(start + count - 1) - owner + 1;
     }
   }
+  wait_for_previous();
   __syncthreads();
   auto partial = [&](int r, int i) {
     const int at = i < exact_counts[r] ? exact_begins[r] + i : stored_begins[r] + i - exact_counts[r];
@@ -221,11 +205,16 @@ DEVICE void merge_requests(const float* partials, const int* item_starts, const 
         for (int m = 0; m < GROUP; m++)
           stored[r * GROUP + m] += weights[(r * GROUP + m) * 2 * grid + i] * partial(r, i)[m * VALUE_DIM + transform.dim];
     }
-  transform.leave(stored, parts);
-  for (int i = thread; i < ROWS * VALUE_DIM; i += AROUND_THREADS)
-    rows[i % VALUE_DIM][i / VALUE_DIM] = Transform::total(parts, i / VALUE_DIM, i % VALUE_DIM);
-  __syncthreads();
-  if (transform.part < Transform::PARTS) transform.add(rows, exact);
+  if (IS_PLAIN) {
+#pragma unroll
+    for (int row = 0; row < ROWS; row++) exact[row] += stored[row];
+  } else {
+    transform.leave(stored, parts);
+    for (int i = thread; i < ROWS * VALUE_DIM; i += AROUND_THREADS)
+      rows[i % VALUE_DIM][i / VALUE_DIM] = Transform::total(parts, i / VALUE_DIM, i % VALUE_DIM);
+    __syncthreads();
+    if (transform.part < Transform::PARTS) transform.add(rows, exact);
+  }
   transform.leave(exact, parts);
   for (int i = thread; i < num_requests * SUMS; i += AROUND_THREADS) {
     const int row = i / VALUE_DIM, dim = i % VALUE_DIM;

@@ -1,4 +1,5 @@
-// Codes of keys and values to float16, in the order of tensor cores: see record.py.
+// Codes of keys and values to float16, in the order of tensor cores: see record.py. 16 bits are numbers of the
+// exact tokens' type, see exact_codec.py.
 
 // The A operand of tile `tile`, from the words of its codes.
 template <int BITS, int NUM_TILES, u32 LEVELS_LOW, u32 LEVELS_HIGH>
@@ -7,7 +8,7 @@ struct Codes {
   // tile again; of threadIdx.y it does not know that it is 0.
   u32 low;
   DEVICE Codes() : low(LEVELS_LOW + threadIdx.y) {}
-  static constexpr int PLANE = BITS == 8 ? 2 * NUM_TILES : BITS == 4 ? NUM_TILES : NUM_TILES / 2;
+  static constexpr int PLANE = BITS == 16 ? 4 * NUM_TILES : BITS == 8 ? 2 * NUM_TILES : BITS == 4 ? NUM_TILES : NUM_TILES / 2;
   static constexpr int SIGNS = BITS == 3 ? (NUM_TILES + 3) / 4 : 0;
 
   // Word i of a plane of N words, for this lane.
@@ -35,6 +36,14 @@ struct Codes {
     asm("sub.rn.f16x2 %0,%1,%2;" : "=r"(high) : "r"(h), "r"(0x64806480u));
   }
   DEVICE void tile(const u8* codes, int lane, int tile, u32 (&a)[4]) const {
+    if (BITS == 16) {
+      const uint4 v = *(const uint4*)(codes + tile * 512 + lane * 16);
+      a[0] = v.x;
+      a[1] = v.z;
+      a[2] = v.y;
+      a[3] = v.w;
+      return;
+    }
     if (BITS == 8) {
       int8_to_halves(word<PLANE>(codes, lane, 2 * tile), a[0], a[2]);
       int8_to_halves(word<PLANE>(codes, lane, 2 * tile + 1), a[1], a[3]);

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from turboquant_core.block_codec import BlockCodec
 from turboquant_core.codebook import e4m3_magnitudes
+from turboquant_core.config import MEAN_SIZE
 from turboquant_core.kernels.cuda_kernel import Kernel
 from turboquant_core.record import RecordLayout
-from turboquant_core.reference import AttentionOptions
+from turboquant_core.reference import AttentionOptions, Codec
 from turboquant_core.step_plan import DecodeTables
 
-_NUM_WARPS = (15, 11, 7, 3, 1)  # the first for which there is room
+_NUM_WARPS = (15, 11, 7, 6, 5, 3, 1)  # the first for which there is room
+PLAIN_BITS = 16
 _MAX_GROUP = 16
 _MAX_DIM = 256
 _SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # of the others 99 KiB
@@ -32,8 +34,8 @@ class DecodeShape:
     Attributes:
         key_dim: A multiple of 16, at most 256.
         value_dim: Likewise.
-        key_bits: Of a key's code.
-        value_bits: Of a value's code.
+        key_bits: Of a key's code; 16 stands for numbers of `dtype`, of an :class:`ExactCodec`.
+        value_bits: Of a value's code; 16 if those of keys are.
         group_size: Query heads of a kv head, at most 16.
         num_sinks: Of the timeline.
         ring_size: Of the timeline.
@@ -56,6 +58,13 @@ class DecodeShape:
         dims_fit = all(dim % 16 == 0 and 16 <= dim <= _MAX_DIM for dim in dims)
         sums_fit = self.group_size <= (_MAX_GROUP if max(dims) <= 128 else 8)
         return dims_fit and sums_fit and self.dtype in (torch.bfloat16, torch.float16)
+
+    @property
+    def half_bytes(self) -> int:
+        """Return the size of half a record."""
+        if self.key_bits == PLAIN_BITS:
+            return MEAN_SIZE * (self.key_dim + self.value_dim) * 2
+        return RecordLayout(self.key_dim, self.key_bits, self.value_dim, self.value_bits).record_bytes // 2
 
     def max_warps(self, arch: int) -> int:
         """Return for how many warps a multiprocessor has registers."""
@@ -121,7 +130,7 @@ class CudaDecode:
         exact: tuple[Tensor, Tensor],
         records: Tensor,
         tables: DecodeTables,
-        codec: BlockCodec,
+        codec: Codec,
         options: AttentionOptions,
     ) -> Tensor:
         """Attend, and keep the new keys and values before.
@@ -147,12 +156,13 @@ class CudaDecode:
         stored_queries = torch.empty(queries.shape, dtype=torch.float16, device=device)
         stored_bytes = torch.empty(batch, num_heads, 2, shape.key_dim, dtype=torch.uint8, device=device)
         stored_scales = torch.empty(batch, num_heads, device=device)
-        item_starts = torch.empty(batch + 1, dtype=torch.int32, device=device)
         num_partials = self._grid + 2 * batch * num_kv_heads
         partials = torch.empty(num_partials, self._partial, device=device)
         output = queries.new_empty(batch, num_heads, shape.value_dim)
-        _, _, key_matrix = codec.key_quantizer.transform.matrices(device)
-        _, value_matrix, _ = codec.value_quantizer.transform.matrices(device)
+        key_matrix = value_matrix = None
+        if isinstance(codec, BlockCodec):
+            _, _, key_matrix = codec.key_quantizer.transform.matrices(device)
+            _, value_matrix, _ = codec.value_quantizer.transform.matrices(device)
         scale = options.softmax_scale * math.log2(math.e)
         softcap = (options.softcap or 0.0) * math.log2(math.e)
         sinks = None if options.sink_scores is None else options.sink_scores.float().contiguous()
@@ -166,12 +176,10 @@ class CudaDecode:
             keys,
             values,
             key_matrix,
-            0 if len(key_matrix) == 1 else shape.key_dim**2,
+            _matrix_stride(key_matrix),
             *exact,
             tables.slots,
             tables.positions,
-            tables.num_blocks,
-            item_starts,
             stored_queries,
             stored_bytes,
             stored_scales,
@@ -193,7 +201,7 @@ class CudaDecode:
             tables.first_visible,
             tables.block_tables,
             tables.block_starts,
-            item_starts,
+            tables.item_starts,
             partials,
             batch,
             num_kv_heads,
@@ -202,20 +210,27 @@ class CudaDecode:
             softcap,
             _unit(shape.key_dim, shape.key_bits),
             _unit(shape.value_dim, shape.value_bits),
+            overlaps=True,
         )
         merge.launch(
             grid,
             partials,
-            item_starts,
+            tables.item_starts,
             value_matrix,
-            0 if len(value_matrix) == 1 else shape.value_dim**2,
+            _matrix_stride(value_matrix),
             sinks,
             output,
             batch,
             num_kv_heads,
             self._grid,
+            overlaps=True,
         )
         return output
+
+
+def _matrix_stride(matrices: Tensor | None) -> int:
+    """Return the numbers between matrices of neighbouring heads; 0 if all have one, or none."""
+    return 0 if matrices is None or len(matrices) == 1 else matrices[0].numel()
 
 
 def kernel_constants(shape: DecodeShape, fit: Fit) -> dict[str, int]:
@@ -241,7 +256,7 @@ def kernel_constants(shape: DecodeShape, fit: Fit) -> dict[str, int]:
 
 def _level_bytes(bits: int) -> bytes:
     """Return the levels' e4m3 bytes: those of magnitudes, at 2 bits followed by those of negative ones."""
-    if bits == 8:
+    if bits >= 8:
         return bytes(8)
     magnitudes, _ = e4m3_magnitudes(_MAX_DIM, bits)
     levels = [*magnitudes, *(-magnitude for magnitude in magnitudes)][: 8 if bits == 4 else 4]
@@ -250,15 +265,14 @@ def _level_bytes(bits: int) -> bytes:
 
 def _unit(dim: int, bits: int) -> float:
     """Return what the number 1 stands for among those that the kernel makes of codes."""
-    return 1.0 if bits == 8 else e4m3_magnitudes(dim, bits)[1]
+    return 1.0 if bits >= 8 else e4m3_magnitudes(dim, bits)[1]
 
 
 def fit_device(shape: DecodeShape, arch: int) -> Fit:
     """Return what a multiprocessor has room for; arch: 10 times the compute capability."""
     available = _SHARED_BYTES.get(arch, 99 << 10)
-    layout = RecordLayout(shape.key_dim, shape.key_bits, shape.value_dim, shape.value_bits)
     # As in the source: room for any alignment, two barriers and an offset.
-    slot_bytes = -(-(layout.record_bytes // 2 + 112) // 128) * 128 + 2 * 8 + 4
+    slot_bytes = -(-(shape.half_bytes + 112) // 128) * 128 + 2 * 8 + 4
     partial_bytes = 4 * shape.group_size * (shape.value_dim + 2)
     for num_warps in _NUM_WARPS:
         rest = num_warps * partial_bytes + 16

@@ -105,29 +105,31 @@ class Kernel:
                     driver.cuKernelSetAttribute(attribute, shared_bytes, self._kernel, driver.CUdevice(index))
                 )
         self._function = driver.CUfunction(int(self._kernel))
+        self._can_overlap = torch.cuda.get_device_capability(device) >= (9, 0)
+        self._overlap = driver.CUlaunchAttribute()
+        self._overlap.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        self._overlap.value.programmaticStreamSerializationAllowed = 1
 
-    def launch(self, grid: Sequence[int], *arguments: Argument) -> None:
+    def launch(self, grid: Sequence[int], *arguments: Argument, overlaps: bool = False) -> None:
         """Launch on the current stream of the arguments' device.
 
         Args:
             grid: Number of blocks in up to three dimensions.
             arguments: Tensors are passed as pointers, None as a null pointer, ints as 32 bits and floats as
                 float32.
+            overlaps: The kernel may start before the one that was launched before it is done: both are
+                written for that. Devices before Hopper do not.
         """
         values, types = zip(*map(_converted, arguments), strict=True)
-        _checked(
-            self._driver.cuLaunchKernel(
-                self._function,
-                *(*grid, 1, 1)[:3],
-                self._num_threads,
-                1,
-                1,
-                self._shared_bytes,
-                torch.cuda.current_stream().cuda_stream,
-                (values, types),
-                0,
-            )
-        )
+        config = self._driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = (*grid, 1, 1)[:3]
+        config.blockDimX, config.blockDimY, config.blockDimZ = self._num_threads, 1, 1
+        config.sharedMemBytes = self._shared_bytes
+        config.hStream = torch.cuda.current_stream().cuda_stream
+        if overlaps and self._can_overlap:
+            config.attrs = [self._overlap]
+            config.numAttrs = 1
+        _checked(self._driver.cuLaunchKernelEx(config, self._function, (values, types), 0))
 
 
 def _converted(argument: Argument) -> tuple[Any, Any]:

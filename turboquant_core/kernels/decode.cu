@@ -1,8 +1,8 @@
 // Attention of one new token per request over its exact tokens and its blocks: what reference.py defines as
 // decode_attention. record.py defines the bytes; its names g, t, r, j, Q, R are used here too.
 //
-// Three launches:
-//   prepare  keeps the new keys and values, transforms the queries, counts the work;
+// Three launches, each of which starts while the one before it is still busy:
+//   prepare  keeps the new keys and values, transforms the queries;
 //   decode   attends: a persistent grid, among which all work is divided evenly;
 //   merge    joins what its blocks have found, brings sums of stored values back, divides.
 //
@@ -31,16 +31,18 @@ constexpr int NUM_COLS = GROUP > 8 ? 2 : 1;    // sets of 8 columns
 constexpr int NUM_SETS = IS_SHARED ? 1 : 2;    // token tiles with registers of their own
 constexpr int NUM_PLACES = NUM_SINKS + RING_SIZE;
 constexpr int NUM_EXACT_TILES = (NUM_PLACES + 15) / 16;
+constexpr bool IS_PLAIN = KEY_BITS == 16;      // blocks are as exact as the newest tokens
+constexpr bool IN_BFLOAT16 = IS_PLAIN && IS_BFLOAT16;  // products with blocks
 
 __host__ __device__ constexpr int code_bytes(int tiles, int bits) {
-  return 128 * (bits == 2 ? tiles / 2 : bits == 3 ? tiles / 2 + (tiles + 3) / 4 : bits == 4 ? tiles : 2 * tiles);
+  return 128 * (bits == 2 ? tiles / 2 : bits == 3 ? tiles / 2 + (tiles + 3) / 4 : tiles * bits / 4);
 }
 constexpr int VALUES_AT = code_bytes(2 * KEY_TILES, KEY_BITS);
 constexpr int NORMS_AT = VALUES_AT + code_bytes(2 * VALUE_TILES, VALUE_BITS);
 constexpr int KEY_MEAN_AT = NORMS_AT + 128;
 constexpr int VALUE_MEAN_AT = KEY_MEAN_AT + KEY_DIM;
 constexpr int STEPS_AT = VALUE_MEAN_AT + VALUE_DIM;
-constexpr int HALF_BYTES = (STEPS_AT + 4 + 15) / 16 * 16;
+constexpr int HALF_BYTES = IS_PLAIN ? NORMS_AT : (STEPS_AT + 4 + 15) / 16 * 16;
 
 // A half lies in its place as it does in 128 bytes of memory: copies between other places are a tenth slower.
 constexpr int SLOT_BYTES = (HALF_BYTES + 112 + 127) / 128 * 128;
@@ -249,11 +251,12 @@ struct StoredQueries {
       const int head = IS_SHARED ? min(g & 3, GROUP - 1) : min(8 * n + g, GROUP - 1);
 #pragma unroll
       for (int q = 0; q < KEY_TILES; q++) {
-        const uint2 b = *(const uint2*)(args.stored_queries + (first + head) * KEY_DIM + 16 * q + 4 * t);
+        const u16* source = IS_PLAIN ? (const u16*)args.queries : args.stored_queries;
+        const uint2 b = *(const uint2*)(source + (first + head) * KEY_DIM + 16 * q + 4 * t);
         operand[n][q][0] = b.x;
         operand[n][q][1] = b.y;
 #pragma unroll
-        for (int s = 0; s < NUM_SETS; s++) {
+        for (int s = 0; s < NUM_SETS && !IS_PLAIN; s++) {
           const int is_low = IS_SHARED ? g >> 2 : s;
           bytes[n][s][q] = *(const u32*)(args.stored_bytes + (2 * (first + head) + is_low) * KEY_DIM + 16 * q + 4 * t);
         }
@@ -261,7 +264,7 @@ struct StoredQueries {
 #pragma unroll
       for (int c = 0; c < 2; c++) {
         const int column = IS_SHARED ? (2 * t + c) & 3 : 8 * n + 2 * t + c;
-        scale[n][c] = args.stored_scales[first + min(column, GROUP - 1)] * args.key_unit;
+        scale[n][c] = IS_PLAIN ? args.scale : args.stored_scales[first + min(column, GROUP - 1)] * args.key_unit;
       }
     }
   }
@@ -299,13 +302,13 @@ DEVICE void key_mean_products(const StoredQueries& queries, const u8* words, int
 DEVICE void attend_half(const Arguments& args, const StoredQueries& queries, const KeyCodes& key_codes,
                         const ValueCodes& value_codes, const u8* half, int num_hidden, int lane, Softmax& softmax) {
   const int g = lane >> 2, t = lane & 3;
-  const u32 steps = *(const u32*)(half + STEPS_AT);
+  const u32 steps = IS_PLAIN ? 0 : *(const u32*)(half + STEPS_AT);
   const float key_step = half_to_float(steps & 0xFFFF) / args.key_unit;
   const float value_step = half_to_float(steps >> 16) / args.value_unit;
   const float smallest_size = fmaxf(value_step, SMALLEST_VALUE);
 
-  float mean_products[NUM_COLS][2];
-  key_mean_products(queries, half + KEY_MEAN_AT + t * 4 * KEY_TILES, t, mean_products);
+  float mean_products[NUM_COLS][2] = {};
+  if (!IS_PLAIN) key_mean_products(queries, half + KEY_MEAN_AT + t * 4 * KEY_TILES, t, mean_products);
   float products[2][NUM_COLS][4] = {};
 #pragma unroll
   for (int q = 0; q < KEY_TILES; q++) {
@@ -315,14 +318,15 @@ DEVICE void attend_half(const Arguments& args, const StoredQueries& queries, con
       key_codes.tile(half, lane, row * KEY_TILES + q, a);
 #pragma unroll
       for (int n = 0; n < NUM_COLS; n++)
-        multiply<false>(products[row][n], a, queries.operand[n][q][0], queries.operand[n][q][1]);
+        multiply<IN_BFLOAT16>(products[row][n], a, queries.operand[n][q][0], queries.operand[n][q][1]);
     }
   }
   float scores[NUM_SETS][NUM_COLS][4], sizes[NUM_SETS][2], norms[NUM_SETS][2];
 #pragma unroll
   for (int s = 0; s < NUM_SETS; s++) {
     const int row = IS_SHARED ? t >> 1 : s;
-    const uint2 pair = *(const uint2*)(half + NORMS_AT + (2 * g + row) * 8);
+    constexpr u32 ONES = 0x3C003C00;
+    const uint2 pair = IS_PLAIN ? make_uint2(ONES, ONES) : *(const uint2*)(half + NORMS_AT + (2 * g + row) * 8);
     const float key_norms[2] = {half_to_float(pair.x & 0xFFFF), half_to_float(pair.x >> 16)};
     norms[s][0] = half_to_float(pair.y & 0xFFFF);
     norms[s][1] = half_to_float(pair.y >> 16);
@@ -361,8 +365,9 @@ DEVICE void attend_half(const Arguments& args, const StoredQueries& queries, con
         p[c] = exp2_(scores[s][n][c] - softmax.reference[n][c & 1]);
         column_sums[c & 1] += p[c];
       }
-      const u32 first = transposed(to_halves(p[0] * norms[s][0], p[1] * norms[s][0]));
-      const u32 second = transposed(to_halves(p[2] * norms[s][1], p[3] * norms[s][1]));
+      for (int c = 0; c < 4; c++) p[c] *= norms[s][c >> 1];
+      const u32 first = transposed(IS_PLAIN ? to_exact_type(p[0], p[1]) : to_halves(p[0], p[1]));
+      const u32 second = transposed(IS_PLAIN ? to_exact_type(p[2], p[3]) : to_halves(p[2], p[3]));
       if (IS_SHARED) {  // after the transpose, g is the column
         const u32 is_first = g < 4 ? ~0u : 0u;
         b[0][n][0] = first & is_first;
@@ -376,6 +381,7 @@ DEVICE void attend_half(const Arguments& args, const StoredQueries& queries, con
     }
     softmax.denominator[n][0] += column_sums[0];
     softmax.denominator[n][1] += column_sums[1];
+    if (IS_PLAIN) continue;
     // Sums of pairs of rows, in both halves.
     const u32 rows = transposed(to_halves(column_sums[0] * value_step, column_sums[1] * value_step));
     u32 pairs;
@@ -387,8 +393,9 @@ DEVICE void attend_half(const Arguments& args, const StoredQueries& queries, con
   const u8* mean_row = half + VALUE_MEAN_AT + g * 2 * VALUE_TILES;
 #pragma unroll
   for (int i = 0; i < VALUE_TILES; i++) {
-    u32 even, odd;
-    if (VALUE_TILES % 8 == 0) {
+    u32 even = 0, odd = 0;
+    if (IS_PLAIN) {
+    } else if (VALUE_TILES % 8 == 0) {
       const uint4 v = *(const uint4*)(mean_row + i / 8 * 16);
       const int w = i / 2 % 4;
       KeyCodes::int8_to_halves(w == 0 ? v.x : w == 1 ? v.y : w == 2 ? v.z : v.w, even, odd);
@@ -398,13 +405,14 @@ DEVICE void attend_half(const Arguments& args, const StoredQueries& queries, con
     }
     const u32 pair = i % 2 ? odd : even, mean[4] = {pair, 0, 0, pair};
 #pragma unroll
-    for (int n = 0; n < NUM_COLS; n++) multiply<false>(softmax.sums[n][i], mean, mean_b[n][0], mean_b[n][1]);
+    for (int n = 0; n < NUM_COLS && !IS_PLAIN; n++)
+      multiply<false>(softmax.sums[n][i], mean, mean_b[n][0], mean_b[n][1]);
 #pragma unroll
     for (int col = 0; col < 2; col++) {
       u32 a[4];
       value_codes.tile(half + VALUES_AT, lane, 2 * i + col, a);
 #pragma unroll
-      for (int n = 0; n < NUM_COLS; n++) multiply<false>(softmax.sums[n][i], a, b[col][n][0], b[col][n][1]);
+      for (int n = 0; n < NUM_COLS; n++) multiply<IN_BFLOAT16>(softmax.sums[n][i], a, b[col][n][0], b[col][n][1]);
     }
   }
 }
@@ -520,6 +528,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   const Shares shares((u32)item_starts[batch] * num_heads, gridDim.x);
   const u32 first = shares.start(blockIdx.x), count = shares.start(blockIdx.x + 1) - first;
+  let_next_start();
   if (count == 0) return;
   for (int i = threadIdx.x; i < RING_SLOTS; i += NUM_THREADS) {
     init_barrier(shared.full + i, NUM_COPIERS);
@@ -537,6 +546,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
     return;
   }
 
+  wait_for_previous();
   auto take = [&]() {
     u32 taken = 0;
     if (lane == 0)

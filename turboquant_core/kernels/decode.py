@@ -8,11 +8,11 @@ import logging
 import torch
 from torch import Tensor
 
-from turboquant_core.block_codec import BlockCodec
+from turboquant_core.exact_codec import ExactCodec
 from turboquant_core.kernels import triton_decode
-from turboquant_core.kernels.cuda_decode import CudaDecode, DecodeShape
+from turboquant_core.kernels.cuda_decode import PLAIN_BITS, CudaDecode, DecodeShape
 from turboquant_core.kernels.cuda_kernel import KernelError
-from turboquant_core.reference import AttentionOptions
+from turboquant_core.reference import AttentionOptions, Codec
 from turboquant_core.step_plan import DecodeTables
 from turboquant_core.timeline import Timeline
 
@@ -26,16 +26,20 @@ def decode(
     records: Tensor,
     tables: DecodeTables,
     timeline: Timeline,
-    codec: BlockCodec,
+    codec: Codec,
     options: AttentionOptions,
-) -> Tensor:
-    """Keep the new tokens and attend for them; arguments and result are those of :class:`CudaDecode`."""
+) -> Tensor | None:
+    """Keep the new tokens and attend for them; arguments and result are those of :class:`CudaDecode`.
+
+    Returns:
+        None, and nothing is kept, if only the reference attends to such blocks.
+    """
     keys, values = exact
     shape = DecodeShape(
         key_dim=keys.shape[-1],
         value_dim=values.shape[-1],
-        key_bits=codec.key_quantizer.bits,
-        value_bits=codec.value_quantizer.bits,
+        key_bits=PLAIN_BITS if isinstance(codec, ExactCodec) else codec.key_quantizer.bits,
+        value_bits=PLAIN_BITS if isinstance(codec, ExactCodec) else codec.value_quantizer.bits,
         group_size=queries.shape[1] // keys.shape[1],
         num_sinks=timeline.num_sinks,
         ring_size=timeline.ring_size,
@@ -44,6 +48,8 @@ def decode(
     kernel = cuda_decode(shape, queries.device) if queries.dtype == keys.dtype else None
     if kernel is not None:
         return kernel(queries, new, exact, records, tables, codec, options)
+    if isinstance(codec, ExactCodec):
+        return None
     if new is not None:
         slots, positions = tables.slots.long(), tables.positions.long()
         in_ring = timeline.num_sinks + (positions - timeline.num_sinks) % timeline.ring_size

@@ -8,6 +8,18 @@ typedef signed char s8;
 
 #define DEVICE __device__ __forceinline__
 
+// Between kernels that overlap: the next one may start; until the one before is done and its writes are seen.
+DEVICE void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+DEVICE void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 DEVICE u32 permute(u32 low, u32 high, u32 selector) {
   u32 r;
   asm("prmt.b32 %0,%1,%2,%3;" : "=r"(r) : "r"(low), "r"(high), "r"(selector));

@@ -9,6 +9,7 @@ from triton import language as tl
 
 from turboquant_core.kernels.triton_exact import LOWEST, attend_exact, capped
 from turboquant_core.kernels.triton_levels import read_levels
+from turboquant_core.kernels.triton_places import key_words, mean_places_of, norm_places_of, value_words
 
 # A split of blocks has at least so many; a request has at most so many splits of them.
 MIN_SPLIT = tl.constexpr(4)
@@ -57,28 +58,10 @@ def _attend_blocks(
     value_col = tl.arange(0, VALUE_COLS)
     token = tl.arange(0, 64)
 
-    # Words of keys: a row for sub-block, tile row and g, a column for tile column and t.
-    key_row = tl.arange(0, 32)[:, None]
-    key_word = tl.arange(0, KEY_COLS // 4)[None, :]
-    key_tile = key_row // 8 % 2 * KEY_TILES + key_word // 4
-    key_lane = key_row % 8 * 4 + key_word % 4
-    key_offsets = key_row // 16 * (HALF_BYTES // 4) + STARTS[0] // 4
-    is_key_tile = (key_word // 4 < KEY_TILES) & (key_row >= 0)
-    # Words of values: a row for tile row and g, a column for sub-block, tile column and t.
-    value_row = tl.arange(0, VALUE_COLS // 2)[:, None]
-    value_word = tl.arange(0, 16)[None, :]
-    value_tile = value_row // 8 * 2 + value_word // 4 % 2
-    value_lane = value_row % 8 * 4 + value_word % 4
-    value_offsets = value_word // 8 * (HALF_BYTES // 4) + STARTS[1] // 4
-    is_value_tile = (value_row // 8 < VALUE_TILES) & (value_word >= 0)
-
-    in_tile = token % 16
-    norm_places = (in_tile // 4 * 4 + in_tile % 2 * 2 + token // 16 % 2) * 4 + in_tile // 2 % 2
-    norm_places += token // 32 * (HALF_BYTES // 2) + STARTS[2] // 2
-    key_mean_places = STARTS[3] + key_col // 4 % 4 * (4 * KEY_TILES) + key_col // 16 * 4 + key_col % 4
-    value_mean_places = (
-        STARTS[4] + value_col % 8 * (2 * VALUE_TILES) + value_col // 16 * 2 + value_col // 8 % 2
-    )
+    key_tile, key_lane, key_offsets, is_key_tile = key_words(KEY_DIM, KEY_COLS, STARTS)
+    value_tile, value_lane, value_offsets, is_value_tile = value_words(VALUE_DIM, VALUE_COLS, STARTS)
+    norm_places = norm_places_of(token, STARTS)
+    key_mean_places, value_mean_places = mean_places_of(key_col, value_col, KEY_DIM, VALUE_DIM, STARTS)
     is_key_col = key_col < KEY_DIM
     is_value_col = value_col < VALUE_DIM
 

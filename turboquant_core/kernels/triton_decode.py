@@ -10,8 +10,6 @@ or of blocks, and those of a request depend on nothing else. Knows requests by t
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 from torch import Tensor
@@ -21,7 +19,8 @@ from turboquant_core.block_codec import BlockCodec
 from turboquant_core.kernels.triton_attend import MAX_SPLITS, MIN_SPLIT, attend, blocks_per_split
 from turboquant_core.kernels.triton_exact import EXACT_SPLIT, LOG2_E, LOWEST
 from turboquant_core.kernels.triton_levels import level_curve
-from turboquant_core.record import RecordLayout
+from turboquant_core.kernels.triton_multiply import multiply
+from turboquant_core.kernels.triton_places import starts_of
 from turboquant_core.reference import AttentionOptions
 from turboquant_core.step_plan import DecodeTables
 from turboquant_core.timeline import Timeline
@@ -76,7 +75,7 @@ def decode(
     exact_sums, stored_sums = torch.empty(2, batch, num_heads, value_dim, device=queries.device)
     with torch.cuda.device_of(queries):
         _, _, key_matrices = codec.key_quantizer.transform.matrices(queries.device)
-        stored_queries = _multiplied(queries, key_matrices, num_kv_heads, torch.float32)
+        stored_queries = multiply(queries, key_matrices, num_kv_heads, torch.float32)
         attend[(num_splits, num_kv_heads, batch)](
             queries,
             stored_queries,
@@ -109,10 +108,11 @@ def decode(
             KEY_CURVE=key_curve,
             VALUE_BITS=codec.value_quantizer.bits,
             VALUE_CURVE=value_curve,
-            STARTS=_starts(key_dim, codec.key_quantizer.bits, value_dim, codec.value_quantizer.bits),
+            STARTS=starts_of(key_dim, codec.key_quantizer.bits, value_dim, codec.value_quantizer.bits),
             NUM_SINKS=timeline.num_sinks,
             RING_SIZE=timeline.ring_size,
             num_warps=8 if max(key_dim, value_dim) > 128 else 4,
+            num_stages=2,  # three would take more memory than a small GPU has
             IN_FLOAT32=torch.float32 in (queries.dtype, keys.dtype) or queries.dtype != keys.dtype,
             **shape,
         )
@@ -130,40 +130,7 @@ def decode(
             **shape,
         )
         _, value_matrices, _ = codec.value_quantizer.transform.matrices(queries.device)
-        return _multiplied(stored_sums, value_matrices, num_kv_heads, queries.dtype, exact_sums)
-
-
-def _multiplied(
-    vectors: Tensor, matrices: Tensor, num_kv_heads: int, dtype: torch.dtype, added: Tensor | None = None
-) -> Tensor:
-    """Return vectors ``[batch, num_heads, dim]`` times ``[1 or num_kv_heads, dim, dim]``, plus others."""
-    batch, num_heads, dim = vectors.shape
-    products = torch.empty(vectors.shape, dtype=dtype, device=vectors.device)
-    num_rows = batch * (num_heads // num_kv_heads)
-    rows, cols = 16, 32
-    _multiply[(triton.cdiv(num_rows, rows), num_kv_heads, triton.cdiv(dim, cols))](
-        vectors,
-        matrices,
-        vectors if added is None else added,
-        products,
-        num_rows,
-        num_kv_heads,
-        0 if len(matrices) == 1 else dim * dim,
-        HAS_ADDED=added is not None,
-        GROUP=num_heads // num_kv_heads,
-        DIM=dim,
-        ROWS=rows,
-        COLS=cols,
-        INNER=32,
-    )
-    return products
-
-
-@functools.lru_cache(maxsize=64)
-def _starts(key_dim: int, key_bits: int, value_dim: int, value_bits: int) -> tuple[int, ...]:
-    """Return where in half a record its fields start, and its size."""
-    layout = RecordLayout(key_dim, key_bits, value_dim, value_bits)
-    return (*layout.starts[:-1], layout.record_bytes // 2)
+        return multiply(stored_sums, value_matrices, num_kv_heads, queries.dtype, exact_sums)
 
 
 @triton.jit(do_not_specialize=["num_splits"], do_not_specialize_on_alignment=["num_blocks"])
@@ -215,41 +182,3 @@ def _merge(
         stored_sum += tl.sum(tl.where(is_exact, 0, weighted), 0)
     tl.store(exact + query_row * VALUE_DIM + col, exact_sum, col < VALUE_DIM)
     tl.store(stored + query_row * VALUE_DIM + col, stored_sum, col < VALUE_DIM)
-
-
-@triton.jit(do_not_specialize=["num_rows"])
-def _multiply(
-    vectors,
-    matrices,
-    added,
-    products,
-    num_rows,
-    num_kv_heads,
-    matrix_stride,
-    HAS_ADDED: tl.constexpr,
-    GROUP: tl.constexpr,
-    DIM: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    INNER: tl.constexpr,
-):
-    """Multiply vectors ``[batch, num_heads, dim]`` with matrices of kv heads and add others, in float32."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    head = tl.program_id(1)
-    col = tl.program_id(2) * COLS + tl.arange(0, COLS)
-    place = ((row // GROUP * num_kv_heads + head) * GROUP + row % GROUP)[:, None] * DIM
-    is_row = (row < num_rows)[:, None]
-    product = tl.zeros([ROWS, COLS], tl.float32)
-    for start in range(0, DIM, INNER):
-        inner = start + tl.arange(0, INNER)
-        left = tl.load(vectors + place + inner[None, :], is_row & (inner < DIM)[None, :], 0)
-        right = tl.load(
-            matrices + head * matrix_stride + inner[:, None] * DIM + col[None, :],
-            (inner < DIM)[:, None] & (col < DIM)[None, :],
-            0,
-        )
-        product = tl.dot(left.to(tl.float32), right, product, input_precision="ieee")
-    is_product = is_row & (col < DIM)[None, :]
-    if HAS_ADDED:
-        product += tl.load(added + place + col[None, :], is_product, 0)
-    tl.store(products + place + col[None, :], product, is_product)

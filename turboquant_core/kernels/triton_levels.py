@@ -14,7 +14,7 @@ from turboquant_core.codebook import e4m3_magnitudes
 
 
 @triton.jit
-def _word(index, lane, NUM_WORDS: tl.constexpr):
+def word_place(index, lane, NUM_WORDS: tl.constexpr):
     """Return where in a plane of so many words per lane a lane has the word of an index."""
     NUM_REST: tl.constexpr = NUM_WORDS % 4
     place = index // 4 * 128 + lane * 4 + index % 4
@@ -65,21 +65,22 @@ def read_levels(
     A column's four are those of j; r goes between a row's number by `NUM_LOW` and the rest of that division.
     """
     if BITS == 8:
-        first = tl.load(words + offsets + _word(2 * tile, lane, 2 * NUM_TILES), is_tile, 0)
-        second = tl.load(words + offsets + _word(2 * tile + 1, lane, 2 * NUM_TILES), is_tile, 0)
+        first = tl.load(words + offsets + word_place(2 * tile, lane, 2 * NUM_TILES), is_tile, 0)
+        second = tl.load(words + offsets + word_place(2 * tile + 1, lane, 2 * NUM_TILES), is_tile, 0)
         signs = first
     elif BITS == 4:
-        first = tl.load(words + offsets + _word(tile, lane, NUM_TILES), is_tile, 0)
+        first = tl.load(words + offsets + word_place(tile, lane, NUM_TILES), is_tile, 0)
         second = first
         signs = first
     else:
         NUM_WORDS: tl.constexpr = NUM_TILES // 2
-        first = tl.load(words + offsets + _word(tile // 2, lane, NUM_WORDS), is_tile, 0) >> (2 * (tile % 2))
+        places = offsets + word_place(tile // 2, lane, NUM_WORDS)
+        first = tl.load(words + places, is_tile, 0) >> (2 * (tile % 2))
         second = first
         signs = first
         if BITS == 3:
             offsets += 32 * NUM_WORDS
-            places = offsets + _word(tile // 4, lane, (NUM_TILES + 3) // 4)
+            places = offsets + word_place(tile // 4, lane, (NUM_TILES + 3) // 4)
             signs = tl.load(words + places, is_tile, 0) >> (tile % 4)
     even = tl.join(_pair(first, second, signs, 0, BITS, CURVE), _pair(first, second, signs, 2, BITS, CURVE))
     odd = tl.join(_pair(first, second, signs, 1, BITS, CURVE), _pair(first, second, signs, 3, BITS, CURVE))

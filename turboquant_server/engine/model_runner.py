@@ -100,7 +100,7 @@ class ModelRunner:
             with forward_context(DecodeAttention(self._store, plans)):
                 return list(self._forward(scheduled, num_rows=len(scheduled)))
         chunks = [chunk for item in scheduled for chunk in item.chunks]
-        with forward_context(PrefillAttention(self._store, chunks)):
+        with forward_context(PrefillAttention(self._store, self._store.plan_prefill(chunks))):
             return list(self._forward(scheduled, num_rows=1))
 
     def _is_batched(self, is_decode: bool) -> bool:

@@ -1,0 +1,149 @@
+"""Chunks attend in kernels as in the reference: on a GPU, else in the interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from paged_requests import FULL, SMALL, Engine, Layer, Request, Shape, make_codec, random_tokens
+from torch import Tensor
+
+from turboquant_core.reference import AttentionOptions
+from turboquant_core.request_cache import Visibility
+from turboquant_core.step_plan import Chunk
+
+pytest.importorskip("triton")
+from triton import language
+from triton.runtime import interpreter
+
+from turboquant_core.kernels import triton_prefill
+
+HAS_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
+
+if not HAS_GPU and not isinstance(language.sum, interpreter.InterpretedFunction):
+    pytest.skip("TRITON_INTERPRET must be set before triton is imported", allow_module_level=True)
+
+pytestmark = [
+    pytest.mark.usefixtures("loops_in_the_interpreter"),
+    # Of queries that see nothing, in the interpreter only.
+    pytest.mark.filterwarnings("ignore:divide by zero encountered in log2:RuntimeWarning"),
+]
+
+WINDOWS = (Visibility(window=50), Visibility(window=300), Visibility(chunk=128))
+
+
+def engine_of(
+    shape: Shape,
+    bits: tuple[int, int] | None,
+    visibility: Visibility = FULL,
+    options: AttentionOptions | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Engine:
+    options = options or AttentionOptions(shape.key_dim**-0.5)
+    codec = make_codec(bits, shape, dtype)
+    engine = Engine(shape, [Layer(codec, visibility, options)], num_slots=3, dtype=dtype, device=DEVICE)
+    engine.store.uses_kernels = True
+    return engine
+
+
+def attend_again(engine: Engine, chunks: list[Chunk], states: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """Return what the reference finds in what chunks have left."""
+    engine.store.uses_kernels = False
+    [plans] = engine.store.plan_prefill(chunks)
+    on_device = [each.to(DEVICE) for each in states]
+    outputs = engine.store.prefill(0, *on_device, plans, engine.layers[0].options, writes=False)
+    engine.store.uses_kernels = True
+    return outputs.cpu()
+
+
+def compute(engine: Engine, request: Request, *ends: int, tolerance: float = 3e-6) -> None:
+    """Compute a request up to each of some positions and compare all outputs."""
+    for end in ends:
+        start, chunks = request.num_computed, engine.chunks(request, end)
+        engine.prefill((request, end))
+        expected = attend_again(engine, chunks, request.tokens.part(start, end))
+        error = (request.outputs[0, start:end] - expected).float().norm() / expected.float().norm()
+        assert error < tolerance
+
+
+@pytest.mark.parametrize(
+    ("visibility", "bits"), [*((each, (4, 3)) for each in (FULL, *WINDOWS)), (FULL, None), (WINDOWS[1], None)]
+)
+def test_chunks_see_what_they_shall(visibility: Visibility, bits: tuple[int, int] | None) -> None:
+    """Whole prompts, their parts, and generated tokens that are computed again."""
+    shape = Shape(1, 2, 32, 16)
+    engine = engine_of(shape, bits, visibility)
+    request = engine.open(random_tokens(shape, 345, seed=1), 270)
+    compute(engine, request, 132, 270, 285, 324, 345)
+
+
+@pytest.mark.parametrize("num_prompt_tokens", [1, 3, 5, 68, 69, 132, 133])
+def test_prompts_end_anywhere(num_prompt_tokens: int) -> None:
+    shape = Shape(1, 2, 16, 32)
+    engine = engine_of(shape, (2, 8))
+    request = engine.open(random_tokens(shape, num_prompt_tokens + 9, seed=2), num_prompt_tokens)
+    compute(engine, request, num_prompt_tokens, num_prompt_tokens + 9)
+
+
+@pytest.mark.parametrize("visibility", [FULL, Visibility(window=100)], ids=str)
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("has_sinks", [False, True])
+def test_scores_are_made_as_models_ask(
+    visibility: Visibility, softcap: float | None, has_sinks: bool
+) -> None:
+    shape = Shape(1, 2, 80, 48)
+    sinks = torch.tensor([-1.0, 3.0], device=DEVICE) if has_sinks else None
+    engine = engine_of(shape, (4, 4), visibility, AttentionOptions(0.2, softcap, sinks))
+    request = engine.open(random_tokens(shape, 140, seed=3), 140)
+    compute(engine, request, 68, 140)
+
+
+@pytest.mark.parametrize("most_numbers", [1, 2 * 64 * 2 * 96])
+def test_a_past_is_read_in_pieces(monkeypatch: pytest.MonkeyPatch, most_numbers: int) -> None:
+    monkeypatch.setattr(triton_prefill, "_SCRATCH_NUMBERS", most_numbers)
+    shape = Shape(2, 1, 64, 32)
+    for visibility in (FULL, Visibility(window=150)):
+        engine = engine_of(shape, (3, 4), visibility)
+        compute(engine, engine.open(random_tokens(shape, 330, seed=4), 330), 132, 330)
+
+
+def test_requests_beside_each_other_get_what_each_gets_alone() -> None:
+    shape = Shape(1, 2, 32, 32)
+    tokens = [random_tokens(shape, length, seed=length) for length in (70, 200, 140)]
+    alone = []
+    for each in tokens:
+        engine = engine_of(shape, (4, 4))
+        request = engine.open(each, len(each.keys))
+        engine.prefill((request, len(each.keys)))
+        alone.append(request.outputs)
+    engine = engine_of(shape, (4, 4))
+    together = [engine.open(each, len(each.keys)) for each in tokens]
+    engine.prefill(*((request, len(request.tokens.keys)) for request in together))
+    for request, expected in zip(together, alone, strict=True):
+        assert torch.equal(request.outputs, expected)
+
+
+def test_a_prompt_goes_on_from_what_another_has_left() -> None:
+    shape = Shape(1, 2, 32, 32)
+    tokens = random_tokens(shape, 300, seed=5)
+    codec = make_codec((4, 4), shape)
+    layers = [Layer(codec, FULL, AttentionOptions(0.2))]
+    engine = Engine(shape, layers, SMALL, caches_prefixes=True, device=DEVICE)
+    engine.store.uses_kernels = True
+    first = engine.open(tokens, 300)
+    engine.prefill((first, 300))
+    second = engine.open(tokens, 300)
+    start = second.num_computed
+    assert start > 64
+    engine.prefill((second, 300))
+    torch.testing.assert_close(second.outputs[:, start:], first.outputs[:, start:], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [Shape(1, 2, 128, 128), Shape(1, 2, 256, 64), Shape(2, 1, 16, 16)], ids=str)
+def test_outputs_have_the_error_of_the_models_arithmetic(shape: Shape, dtype: torch.dtype) -> None:
+    if dtype == torch.bfloat16 and not HAS_GPU:
+        pytest.skip("the interpreter has no products in bfloat16")
+    engine = engine_of(shape, (4, 4), dtype=dtype)
+    tokens = random_tokens(shape, 140, seed=6, dtype=dtype)
+    compute(engine, engine.open(tokens, 140), 140, tolerance=4 * torch.finfo(dtype).eps)

@@ -1,0 +1,261 @@
+"""Blocks of keys and values to records in Triton: what `BlockCodec.encode` does, straight into the store.
+
+A program has the keys, or the values, of one block and kv head, a row per token. Rows, and columns of keys,
+have the order of `triton_store.spread`.
+"""
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+# (kernels, which Triton types)
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton import language as tl
+
+from turboquant_core.block_codec import BlockCodec
+from turboquant_core.block_quantizer import TRIAL_LENGTHS, BlockQuantizer
+from turboquant_core.kernels.triton_quantize import constants, magnitudes_of, scale_factor, search
+from turboquant_core.kernels.triton_store import (
+    byte_bits,
+    code_bits,
+    spread,
+    store_codes,
+    store_means,
+    store_norms,
+)
+from turboquant_core.kernels.triton_transform import matrix_parts, sizes, transformed
+from turboquant_core.record import KEYS, VALUES, RecordLayout
+
+# An int8 is the lowest byte of a number, rounded to even, plus this.
+_ROUNDER = tl.constexpr(1.5 * 2**23)
+_INT8_MAX = tl.constexpr(127.0)
+_MAX_NORM = tl.constexpr(65504.0)
+_SHORTEST = tl.constexpr(1e-15)  # float16 has no shorter norms by far
+
+
+def encode_blocks(
+    keys: Tensor,
+    values: Tensor,
+    rows: Tensor,
+    starts: Tensor,
+    records: Tensor,
+    block_ids: Tensor,
+    codec: BlockCodec,
+) -> None:
+    """Make records of blocks of 64 tokens each, in one launch that does not wait for the host.
+
+    Args:
+        keys: ``[num_rows, num_kv_heads, num_places, key_dim]``, float32, float16 or bfloat16, any strides:
+            slots of exact tokens, or new tokens as a single row.
+        values: ``[num_rows, num_kv_heads, num_places, value_dim]``.
+        rows: Integers ``[num_blocks]``, where each block's tokens lie.
+        starts: Integers ``[num_blocks]``, the place of its first token there; the others follow.
+        records: uint8 ``[num_records, num_kv_heads, record_bytes]``, contiguous.
+        block_ids: Integers ``[num_blocks]``, which records become those of the blocks, all different. Where
+            one is negative, nothing is read or written.
+        codec: What records are made by.
+    """
+    num_blocks, num_kv_heads = len(block_ids), keys.shape[1]
+    if not num_blocks:
+        return
+    key_quantizer, value_quantizer = codec.key_quantizer, codec.value_quantizer
+    key_parts, key_units = matrix_parts(key_quantizer.transform, KEYS, keys.device)
+    value_parts, value_units = matrix_parts(value_quantizer.transform, VALUES, keys.device)
+    key_constants, value_constants = (constants(q.dim, q.bits) for q in (key_quantizer, value_quantizer))
+    with torch.cuda.device_of(records):
+        _encode[(num_blocks, num_kv_heads, 2)](
+            keys,
+            values,
+            rows,
+            starts,
+            block_ids,
+            key_parts,
+            value_parts,
+            key_units,
+            value_units,
+            records.view(torch.int32),
+            records.view(torch.float16),
+            records.view(torch.int8),
+            num_kv_heads,
+            *keys.stride(),
+            *values.stride(),
+            KEYS_PER_HEAD=len(key_units) > 1,
+            VALUES_PER_HEAD=len(value_units) > 1,
+            KEY_SETTINGS=_settings(key_quantizer),
+            KEY_BOUNDARIES=key_constants.boundaries,
+            KEY_DIGITS=key_constants.digits,
+            VALUE_SETTINGS=_settings(value_quantizer),
+            VALUE_BOUNDARIES=value_constants.boundaries,
+            VALUE_DIGITS=value_constants.digits,
+            LENGTHS=TRIAL_LENGTHS,
+            STARTS=_starts(key_quantizer.dim, key_quantizer.bits, value_quantizer.dim, value_quantizer.bits),
+            num_warps=8 if max(key_quantizer.dim, value_quantizer.dim) > 128 else 4,
+            num_stages=2,
+        )
+
+
+def _settings(quantizer: BlockQuantizer) -> tuple[Any, ...]:
+    length, *_, zeros_energy = constants(quantizer.dim, quantizer.bits)
+    return *sizes(quantizer.dim), quantizer.bits, quantizer.scale, length, zeros_energy
+
+
+@functools.lru_cache(maxsize=64)
+def _starts(key_dim: int, key_bits: int, value_dim: int, value_bits: int) -> tuple[int, ...]:
+    """Return where in half a record its fields start, where the last ends, and its size."""
+    layout = RecordLayout(key_dim, key_bits, value_dim, value_bits)
+    return (*layout.starts, layout.record_bytes // 2)
+
+
+@triton.jit
+def _encode_tokens(
+    tokens,
+    token_stride,
+    dim_stride,
+    parts,
+    unit,
+    words,
+    halves,
+    integers,
+    KIND: tl.constexpr,
+    SETTINGS: tl.constexpr,
+    BOUNDARIES: tl.constexpr,
+    DIGITS: tl.constexpr,
+    LENGTHS: tl.constexpr,
+    STARTS: tl.constexpr,
+):
+    """Write what a record has of the keys, or the values, of a block and kv head."""
+    DIM: tl.constexpr = SETTINGS[0]
+    COLS: tl.constexpr = SETTINGS[1]
+    BITS: tl.constexpr = SETTINGS[4]
+    SCALE: tl.constexpr = SETTINGS[5]
+    LENGTH: tl.constexpr = SETTINGS[6]
+    TILE_COLS: tl.constexpr = (DIM + 15) // 16
+    HALF_BYTES: tl.constexpr = STARTS[7]
+    numbers, is_finite = transformed(tokens, token_stride, dim_stride, parts, unit, SETTINGS)
+
+    halved = tl.reshape(numbers, [2, 32, COLS])
+    count = tl.sum(tl.reshape(is_finite.to(tl.float32), [2, 32]), 1)
+    means = tl.sum(halved, 1) / tl.maximum(count, 1)[:, None]
+    steps = tl.minimum(tl.max(tl.abs(means), 1) / _INT8_MAX, _MAX_NORM).to(tl.float16)
+    step = steps.to(tl.float32)[:, None]
+    means /= tl.where(step > 0, step, 1)
+    means = tl.minimum(tl.maximum(means, -_INT8_MAX), _INT8_MAX) + _ROUNDER
+    mean_codes = means.to(tl.int32, bitcast=True).to(tl.int8)
+    store_means(mean_codes, integers + STARTS[3 + KIND], KIND, TILE_COLS, HALF_BYTES)
+    half = tl.arange(0, 2)
+    tl.store(halves + half * (HALF_BYTES // 2) + (STARTS[5] // 2 + KIND), steps)
+    means = (means - _ROUNDER) * step
+    numbers = tl.reshape(halved - means[:, None, :], [64, COLS])
+
+    if BITS == 8:
+        peak = tl.max(tl.abs(numbers), 1)
+        factor = tl.where(peak > _SHORTEST, _INT8_MAX / peak, 0)
+        norms = peak / _INT8_MAX
+        codes = (numbers * factor[:, None] + _ROUNDER).to(tl.int32, bitcast=True)
+        bits = byte_bits(codes if KIND == 0 else tl.trans(codes))
+    else:
+        length = tl.sqrt(tl.sum(numbers * numbers, 1))
+        length = tl.where(length > _SHORTEST, length, 0)
+        factor = tl.where(length > 0, LENGTH / length, 0)
+        numbers *= factor[:, None]
+        chosen, projection, energy = search(tl.abs(numbers), LENGTHS, BOUNDARIES, DIGITS, SETTINGS[7])
+        norms = length * scale_factor(projection, energy, LENGTH, SCALE)
+        numbers *= chosen[:, None]
+        if DIM % 16:  # beyond the last dimension codes are 0
+            col = tl.arange(0, COLS)
+            dim = spread(col) if KIND == 0 else col
+            numbers = tl.where((dim < DIM)[None, :], numbers, -float("inf"))
+        if KIND == 1:
+            numbers = tl.trans(numbers)
+        bits = code_bits(magnitudes_of(numbers, BOUNDARIES), numbers <= 0, BITS)
+    store_codes(bits, words + STARTS[KIND] // 4, KIND, BITS, TILE_COLS, HALF_BYTES // 4)
+    norms = tl.where(is_finite, tl.minimum(norms, _MAX_NORM), float("nan")).to(tl.float16)
+    store_norms(norms, halves + STARTS[2] // 2, KIND, HALF_BYTES // 2)
+    if KIND == 1:
+        padding = tl.arange(0, 4)[None, :]
+        places = half[:, None] * (HALF_BYTES // 4) + STARTS[6] // 4 + padding
+        tl.store(words + places, tl.zeros([2, 4], tl.int32), padding < (HALF_BYTES - STARTS[6]) // 4)
+
+
+@triton.jit(do_not_specialize_on_alignment=["rows", "starts", "block_ids"])
+def _encode(
+    keys,
+    values,
+    rows,
+    starts,
+    block_ids,
+    key_parts,
+    value_parts,
+    key_units,
+    value_units,
+    words,
+    halves,
+    integers,
+    num_kv_heads,
+    key_row_stride,
+    key_head_stride,
+    key_token_stride,
+    key_dim_stride,
+    value_row_stride,
+    value_head_stride,
+    value_token_stride,
+    value_dim_stride,
+    KEYS_PER_HEAD: tl.constexpr,
+    VALUES_PER_HEAD: tl.constexpr,
+    KEY_SETTINGS: tl.constexpr,
+    KEY_BOUNDARIES: tl.constexpr,
+    KEY_DIGITS: tl.constexpr,
+    VALUE_SETTINGS: tl.constexpr,
+    VALUE_BOUNDARIES: tl.constexpr,
+    VALUE_DIGITS: tl.constexpr,
+    LENGTHS: tl.constexpr,
+    STARTS: tl.constexpr,
+):
+    block = tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    block_id = tl.load(block_ids + block).to(tl.int64)
+    if block_id < 0:
+        return
+    row = tl.load(rows + block).to(tl.int64)
+    start = tl.load(starts + block).to(tl.int64)
+    record = (block_id * num_kv_heads + head) * (2 * STARTS[7])
+    if tl.program_id(2) == 0:
+        matrix = head * KEYS_PER_HEAD
+        _encode_tokens(
+            keys + row * key_row_stride + head * key_head_stride + start * key_token_stride,
+            key_token_stride,
+            key_dim_stride,
+            key_parts + matrix * (2 * KEY_SETTINGS[1] * KEY_SETTINGS[2]),
+            tl.load(key_units + matrix),
+            words + record // 4,
+            halves + record // 2,
+            integers + record,
+            0,
+            KEY_SETTINGS,
+            KEY_BOUNDARIES,
+            KEY_DIGITS,
+            LENGTHS,
+            STARTS,
+        )
+    else:
+        matrix = head * VALUES_PER_HEAD
+        _encode_tokens(
+            values + row * value_row_stride + head * value_head_stride + start * value_token_stride,
+            value_token_stride,
+            value_dim_stride,
+            value_parts + matrix * (2 * VALUE_SETTINGS[1] * VALUE_SETTINGS[2]),
+            tl.load(value_units + matrix),
+            words + record // 4,
+            halves + record // 2,
+            integers + record,
+            1,
+            VALUE_SETTINGS,
+            VALUE_BOUNDARIES,
+            VALUE_DIGITS,
+            LENGTHS,
+            STARTS,
+        )

@@ -1,0 +1,173 @@
+"""Blocks as keys and values that lie token by token, in Triton: `BlockCodec.stored` of blocks of a store."""
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+# (kernels, which Triton types)
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+from triton import language as tl
+
+from turboquant_core.exact_codec import ExactCodec
+from turboquant_core.kernels.triton_levels import level_curve, read_levels
+from turboquant_core.kernels.triton_places import (
+    key_words,
+    mean_places_of,
+    norm_places_of,
+    starts_of,
+    value_words,
+)
+from turboquant_core.reference import Codec
+
+
+def read_blocks(records: Tensor, block_ids: Tensor, codec: Codec, keys: Tensor, values: Tensor) -> None:
+    """Write the stored keys and values of blocks, one block after another.
+
+    Args:
+        records: uint8 ``[num_records, num_kv_heads, record_bytes]``, contiguous.
+        block_ids: Integers ``[num_blocks]``.
+        codec: Of the records.
+        keys: Written to: ``[num_kv_heads, 64 * num_blocks, key_dim]``, the last dimension contiguous.
+        values: Likewise.
+    """
+    if isinstance(codec, ExactCodec):
+        with torch.cuda.device_of(records):
+            _read_plain[(len(block_ids), records.shape[1])](
+                records.view(codec.dtype),
+                block_ids,
+                keys,
+                values,
+                *keys.stride()[:2],
+                *values.stride()[:2],
+                KEY_DIM=keys.shape[2],
+                VALUE_DIM=values.shape[2],
+                COLS=triton.next_power_of_2(max(keys.shape[2], values.shape[2])),
+            )
+        return
+    key_quantizer, value_quantizer = codec.key_quantizer, codec.value_quantizer
+    key_dim, value_dim = key_quantizer.dim, value_quantizer.dim
+    key_curve, key_unit = level_curve(key_dim, key_quantizer.bits)
+    value_curve, value_unit = level_curve(value_dim, value_quantizer.bits)
+    with torch.cuda.device_of(records):
+        _read[(len(block_ids), records.shape[1])](
+            records.view(torch.int32),
+            records.view(torch.float16),
+            records.view(torch.int8),
+            block_ids,
+            keys,
+            values,
+            *keys.stride()[:2],
+            *values.stride()[:2],
+            key_unit,
+            value_unit,
+            KEY_DIM=key_dim,
+            KEY_COLS=triton.next_power_of_2(key_dim),
+            KEY_BITS=key_quantizer.bits,
+            KEY_CURVE=key_curve,
+            VALUE_DIM=value_dim,
+            VALUE_COLS=triton.next_power_of_2(value_dim),
+            VALUE_BITS=value_quantizer.bits,
+            VALUE_CURVE=value_curve,
+            STARTS=starts_of(key_dim, key_quantizer.bits, value_dim, value_quantizer.bits),
+            num_warps=4,
+        )
+
+
+@triton.jit(do_not_specialize_on_alignment=["block_ids"])
+def _read(
+    words,
+    halves,
+    integers,
+    block_ids,
+    keys,
+    values,
+    key_head_stride,
+    key_stride,
+    value_head_stride,
+    value_stride,
+    key_unit,
+    value_unit,
+    KEY_DIM: tl.constexpr,
+    KEY_COLS: tl.constexpr,
+    KEY_BITS: tl.constexpr,
+    KEY_CURVE: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_COLS: tl.constexpr,
+    VALUE_BITS: tl.constexpr,
+    VALUE_CURVE: tl.constexpr,
+    STARTS: tl.constexpr,
+):
+    block = tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    HALF_BYTES: tl.constexpr = STARTS[6]
+    record = (tl.load(block_ids + block).to(tl.int64) * tl.num_programs(1) + head) * (2 * HALF_BYTES)
+    words += record // 4
+    halves += record // 2
+    integers += record
+    token = tl.arange(0, 64)
+    key_col = tl.arange(0, KEY_COLS)
+    value_col = tl.arange(0, VALUE_COLS)
+    norm_places = norm_places_of(token, STARTS)
+    key_mean_places, value_mean_places = mean_places_of(key_col, value_col, KEY_DIM, VALUE_DIM, STARTS)
+    half = token // 32 * HALF_BYTES
+    steps = halves + STARTS[5] // 2 + half // 2
+
+    tile, lane, offsets, is_tile = key_words(KEY_DIM, KEY_COLS, STARTS)
+    NUM_KEY_TILES: tl.constexpr = 2 * ((KEY_DIM + 15) // 16)
+    levels = tl.trans(read_levels(words, offsets, tile, lane, is_tile, NUM_KEY_TILES, KEY_BITS, KEY_CURVE, 2))
+    norms = tl.load(halves + norm_places).to(tl.float32) * key_unit
+    is_number = (token >= 0)[:, None] & (key_col < KEY_DIM)[None, :]
+    means = tl.load(integers + half[:, None] + key_mean_places[None, :], is_number, 0).to(tl.float32)
+    numbers = levels * norms[:, None] + means * tl.load(steps).to(tl.float32)[:, None]
+    places = (block.to(tl.int64) * 64 + token)[:, None] * key_stride + key_col[None, :]
+    tl.store(keys + head * key_head_stride + places, numbers.to(keys.dtype.element_ty), is_number)
+
+    tile, lane, offsets, is_tile = value_words(VALUE_DIM, VALUE_COLS, STARTS)
+    NUM_VALUE_TILES: tl.constexpr = 2 * ((VALUE_DIM + 15) // 16)
+    levels = read_levels(words, offsets, tile, lane, is_tile, NUM_VALUE_TILES, VALUE_BITS, VALUE_CURVE, 8)
+    norms = tl.load(halves + norm_places + 2).to(tl.float32) * value_unit
+    is_number = (token >= 0)[:, None] & (value_col < VALUE_DIM)[None, :]
+    means = tl.load(integers + half[:, None] + value_mean_places[None, :], is_number, 0).to(tl.float32)
+    numbers = levels * norms[:, None] + means * tl.load(steps + 1).to(tl.float32)[:, None]
+    places = (block.to(tl.int64) * 64 + token)[:, None] * value_stride + value_col[None, :]
+    tl.store(values + head * value_head_stride + places, numbers.to(values.dtype.element_ty), is_number)
+
+
+@triton.jit(do_not_specialize_on_alignment=["block_ids"])
+def _read_plain(
+    numbers,
+    block_ids,
+    keys,
+    values,
+    key_head_stride,
+    key_stride,
+    value_head_stride,
+    value_stride,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """Write what `ExactCodec` keeps: a number lies in its tile where a code would, see there."""
+    block = tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    KEY_TILES: tl.constexpr = (KEY_DIM + 15) // 16
+    VALUE_TILES: tl.constexpr = (VALUE_DIM + 15) // 16
+    HALF: tl.constexpr = 512 * (KEY_TILES + VALUE_TILES)
+    record = (tl.load(block_ids + block).to(tl.int64) * tl.num_programs(1) + head) * (2 * HALF)
+    token = tl.arange(0, 64)[:, None]
+    dim = tl.arange(0, COLS)[None, :]
+    half = record + token // 32 * HALF
+    target = block.to(tl.int64) * 64 + token
+    # Keys: tile row, then in a tile g // 2, r, g % 2 of the token, t and j of the dimension.
+    in_tile = token % 16
+    g = in_tile // 4 * 2 + in_tile % 2
+    lane = g * 4 + dim // 4 % 4
+    place = (token // 16 % 2 * KEY_TILES + dim // 16) * 256 + lane * 8 + in_tile // 2 % 2 * 4 + dim % 4
+    number = tl.load(numbers + half + place, dim < KEY_DIM, 0)
+    tl.store(keys + head * key_head_stride + target * key_stride + dim, number, dim < KEY_DIM)
+    # Values: tile row, r and g of the dimension, t and j of the token.
+    lane = dim % 8 * 4 + token // 4 % 4
+    place = (dim // 16 * 2 + token // 16 % 2) * 256 + lane * 8 + dim // 8 % 2 * 4 + token % 4
+    number = tl.load(numbers + half + 512 * KEY_TILES + place, dim < VALUE_DIM, 0)
+    tl.store(values + head * value_head_stride + target * value_stride + dim, number, dim < VALUE_DIM)
