@@ -29,7 +29,14 @@ from turboquant_core.quantizer import ProdCodes, TurboQuantMSE, TurboQuantProd
 from turboquant_core.reference import AttentionOptions
 from turboquant_core.request_cache import CacheManager, RequestCache, Visibility
 from turboquant_core.state_pool import StatePool
-from turboquant_core.step_plan import Chunk, plan_decode
+from turboquant_core.step_plan import (
+    Chunk,
+    DecodePlan,
+    DecodeTables,
+    due_blocks,
+    make_decode_tables,
+    plan_decode,
+)
 from turboquant_core.timeline import Timeline
 from turboquant_core.transform import LayerTransforms, Transform, rotation
 
@@ -44,6 +51,8 @@ __all__ = [
     "CacheManager",
     "Chunk",
     "DecodeAttention",
+    "DecodePlan",
+    "DecodeTables",
     "DenseCache",
     "ExactCodec",
     "KVCacheConfig",
@@ -66,8 +75,10 @@ __all__ = [
     "UnsupportedAttentionError",
     "Visibility",
     "cache_argument",
+    "due_blocks",
     "forward_context",
     "layer_visibilities",
+    "make_decode_tables",
     "measure_transforms",
     "plan_bits",
     "plan_decode",

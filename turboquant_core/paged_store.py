@@ -16,8 +16,10 @@ timeline says so, the 64 oldest tokens become a block.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +51,23 @@ class StoreLayer:
     key_dim: int
     value_dim: int
     group: int
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """Layers that are alike.
+
+    Attributes:
+        indices: Of the layers.
+        records: uint8 ``[num_layers, num_blocks, num_kv_heads, record_bytes]``.
+        keys: ``[num_layers, num_rows, num_kv_heads, num_places, key_dim]``; a row is a slot, or new tokens.
+        values: Likewise.
+    """
+
+    indices: list[int]
+    records: Tensor
+    keys: Tensor
+    values: Tensor
 
 
 class PagedStore:
@@ -83,31 +102,41 @@ class PagedStore:
         self.timeline = timeline
         self.device = device
         self.uses_kernels = device.type == "cuda"
-        self.records = {
-            index: torch.empty(
-                num_blocks[layer.group],
-                layer.num_kv_heads,
-                layer.codec.record_bytes,
-                dtype=torch.uint8,
-                device=device,
-            )
-            for index, layer in layers.items()
-        }
+        self.records: dict[int, Tensor] = {}
         self.exact: dict[int, tuple[Tensor, Tensor]] = {}
-        for index, layer in layers.items():
-            keys, values = (
-                torch.empty(
-                    num_slots, layer.num_kv_heads, timeline.num_exact, dim, dtype=dtype, device=device
-                )
-                for dim in (layer.key_dim, layer.value_dim)
-            )
-            self.exact[index] = keys, values
+        # What of layers is alike has one tensor, so that one launch makes the blocks of all.
+        self._stacks: list[_Stack] = []
+        for _, indices in itertools.groupby(sorted(layers, key=self._kind), key=self._kind):
+            self._stacks.append(self._allocate(list(indices), num_blocks, num_slots, dtype))
 
     @property
     def num_bytes(self) -> int:
         """Bytes of device memory held."""
         exact = sum(tensor.nbytes for pair in self.exact.values() for tensor in pair)
         return exact + sum(records.nbytes for records in self.records.values())
+
+    def _kind(self, index: int) -> tuple[Any, ...]:
+        layer = self.layers[index]
+        bits: tuple[int, ...] = ()
+        if isinstance(layer.codec, BlockCodec):
+            bits = layer.codec.key_quantizer.bits, layer.codec.value_quantizer.bits
+        return layer.group, layer.num_kv_heads, layer.key_dim, layer.value_dim, layer.codec.record_bytes, bits
+
+    def _allocate(
+        self, indices: list[int], num_blocks: Sequence[int], num_slots: int, dtype: torch.dtype
+    ) -> _Stack:
+        layer = self.layers[indices[0]]
+        sizes = (len(indices), num_blocks[layer.group], layer.num_kv_heads, layer.codec.record_bytes)
+        records = torch.empty(sizes, dtype=torch.uint8, device=self.device)
+        sizes = (len(indices), num_slots, layer.num_kv_heads, self.timeline.num_exact)
+        keys, values = (
+            torch.empty(*sizes, dim, dtype=dtype, device=self.device)
+            for dim in (layer.key_dim, layer.value_dim)
+        )
+        for place, index in enumerate(indices):
+            self.records[index] = records[place]
+            self.exact[index] = keys[place], values[place]
+        return _Stack(indices, records, keys, values)
 
     def plan_prefill(self, chunks: Sequence[Chunk]) -> list[list[PrefillPlan]]:
         """Return the plans of chunks for each group of layers."""
@@ -182,7 +211,7 @@ class PagedStore:
         exact_keys, exact_values = exact = self.exact[layer_idx]
         outputs = None
         if plan.tables is not None:
-            from turboquant_core.kernels.decode import decode  # Triton is there where a GPU is
+            from turboquant_core.kernels.decode import decode
 
             new = (keys, values) if writes else None
             outputs = decode(queries, new, exact, records, plan.tables, self.timeline, codec, options)
@@ -193,8 +222,17 @@ class PagedStore:
             held = exact_keys[plan.slot_rows], exact_values[plan.slot_rows]
             outputs = decode_attention(queries, held, records, plan, codec, options)
         if writes and plan.new_block_ids.numel():
-            self._make_blocks(layer_idx, *exact, plan.new_slots, plan.new_starts, plan.new_block_ids)
+            layer = _Stack([layer_idx], records[None], exact_keys[None], exact_values[None])
+            self._make_blocks(layer, plan.new_slots, plan.new_starts, plan.new_block_ids)
         return outputs
+
+    def make_due_blocks(self, group: int, due: Sequence[tuple[int, int, int]]) -> None:
+        """Make `due_blocks` in all layers of a group, where `decode` was not told of them."""
+        columns = torch.tensor(due, dtype=torch.int64).mT.contiguous()
+        slots, block_ids, starts = columns.to(self.device, non_blocking=True)
+        for stack in self._stacks:
+            if self.layers[stack.indices[0]].group == group:
+                self._make_blocks(stack, slots, starts, block_ids)
 
     def read(self, layer_idx: int, plan: PrefillPlan) -> tuple[Tensor, Tensor]:
         """Return all keys and values before a single chunk as its queries see them, in order of the tokens.
@@ -221,10 +259,11 @@ class PagedStore:
                 slot.zero_()
             slot[:, plan.kept_places] = new[:, plan.kept_rows].to(slot.dtype)
         if plan.new_block_ids.numel():
-            source = slots if plan.are_new_in_slot else states
-            tokens = source[0].unsqueeze(0), source[1].unsqueeze(0)
+            tokens = slots if plan.are_new_in_slot else states
+            records = self.records[layer_idx]
+            layer = _Stack([layer_idx], records[None], tokens[0][None, None], tokens[1][None, None])
             rows = torch.zeros_like(plan.new_starts)
-            self._make_blocks(layer_idx, *tokens, rows, plan.new_starts, plan.new_block_ids)
+            self._make_blocks(layer, rows, plan.new_starts, plan.new_block_ids)
 
     def _prefill_run(
         self,
@@ -246,9 +285,7 @@ class PagedStore:
         if writes:
             self.write(layer_idx, keys, values, plan)
         if self.uses_kernels:
-            from turboquant_core.kernels.triton_prefill import (
-                prefill_attention,  # Triton is there where a GPU is
-            )
+            from turboquant_core.kernels.triton_prefill import prefill_attention
 
             return prefill_attention(queries, held, new, records, plan, codec, options)
         return reference.prefill_attention(queries, held, new, records, plan, codec, options)
@@ -258,27 +295,25 @@ class PagedStore:
         keys, values = self.exact[layer_idx]
         return keys[plan.slot][:, plan.held_places], values[plan.slot][:, plan.held_places]
 
-    def _make_blocks(
-        self, layer_idx: int, keys: Tensor, values: Tensor, rows: Tensor, starts: Tensor, block_ids: Tensor
-    ) -> None:
-        """Make blocks of 64 tokens each.
+    def _make_blocks(self, source: _Stack, rows: Tensor, starts: Tensor, block_ids: Tensor) -> None:
+        """Make blocks of 64 tokens each, the same in all layers.
 
         Args:
-            layer_idx: Of the layer.
-            keys: ``[num_rows, num_kv_heads, num_places, key_dim]``.
-            values: Likewise.
+            source: Where tokens are, and where records go.
             rows: ``[num_blocks]``, where the tokens of each lie.
             starts: ``[num_blocks]``, the place of its first token there; the others follow.
             block_ids: ``[num_blocks]``, which these become.
         """
-        codec, records = self.layers[layer_idx].codec, self.records[layer_idx]
-        if self.uses_kernels and isinstance(codec, BlockCodec):
-            from turboquant_core.kernels.triton_encode import encode_blocks
+        codecs = [self.layers[index].codec for index in source.indices]
+        block_codecs = [codec for codec in codecs if isinstance(codec, BlockCodec)]
+        if self.uses_kernels and len(block_codecs) == len(codecs):
+            from turboquant_core.kernels.triton_encode import encode_blocks  # Triton is there where a GPU is
 
-            encode_blocks(keys, values, rows, starts, records, block_ids, codec)
+            encode_blocks(source.keys, source.values, rows, starts, source.records, block_ids, block_codecs)
             return
         places = starts[:, None] + torch.arange(BLOCK_SIZE, device=self.device)
-        # Indices on both sides of the heads put the indexed dimensions first: [blocks, 64, heads, dim].
-        tokens = [states[rows[:, None], :, places].permute(2, 0, 1, 3) for states in (keys, values)]
-        # Copies whole records, in a fraction of the time that indexing takes.
-        records.index_copy_(0, block_ids, codec.encode(*tokens).transpose(0, 1))
+        for codec, records, *layer in zip(codecs, source.records, source.keys, source.values, strict=True):
+            # Indices on both sides of the heads put the indexed dimensions first: [blocks, 64, heads, dim].
+            tokens = [states[rows[:, None], :, places].permute(2, 0, 1, 3) for states in layer]
+            # Copies whole records, in a fraction of the time that indexing takes.
+            records.index_copy_(0, block_ids, codec.encode(*tokens).transpose(0, 1))

@@ -78,7 +78,7 @@ class DecodeTables:
     """One new token for each of several requests, as one group of layers sees it; int32, on the device.
 
     Attributes:
-        slots: ``[batch]``, slot of each request in the exact tokens.
+        slots: ``[batch]``, slot of each request in the exact tokens; -1 for a row without a request.
         positions: ``[batch]``, position of the new token.
         exact_starts: ``[batch]``, position of the first token after the visible blocks; of those before it
             only the sinks are seen as they came.
@@ -130,6 +130,12 @@ class DecodePlan:
     new_starts: Tensor
     tables: DecodeTables | None
 
+    @classmethod
+    def of_tables(cls, tables: DecodeTables) -> DecodePlan:
+        """Return a plan for kernels only, in which no block becomes due."""
+        empty = tables.slots.new_empty(0)
+        return cls(empty, empty, empty, empty, empty, empty, None, empty, empty, empty, tables)
+
 
 def plan_decode(
     chunks: Sequence[Chunk], group: int, visibility: Visibility, timeline: Timeline, device: torch.device
@@ -154,16 +160,7 @@ def plan_decode(
         ]
         tokens = torch.tensor(starts, dtype=torch.int64).unsqueeze(1) + torch.arange(BLOCK_SIZE)
         block_mask = (tokens >= torch.tensor(first, dtype=torch.int64).unsqueeze(1)).to(device)
-    due = [
-        (
-            chunk.cache.slot,
-            block_id,
-            timeline.exact_index(timeline.num_sinks + BLOCK_SIZE * (first_index + offset)),
-        )
-        for chunk in chunks
-        for first_index, ids in [new_blocks(chunk, group, timeline)]
-        for offset, block_id in enumerate(ids)
-    ]
+    due = due_blocks(chunks, group, timeline)
 
     def integers(values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=device)
@@ -187,25 +184,47 @@ def plan_decode(
     )
 
 
+def due_blocks(chunks: Sequence[Chunk], group: int, timeline: Timeline) -> list[tuple[int, int, int]]:
+    """Return (slot, block id, place in the slot of its first token) of blocks that chunks make due."""
+    return [
+        (chunk.cache.slot, block_id, timeline.exact_index(timeline.num_sinks + BLOCK_SIZE * (first + offset)))
+        for chunk in chunks
+        for first, ids in [new_blocks(chunk, group, timeline)]
+        for offset, block_id in enumerate(ids)
+    ]
+
+
 def make_decode_tables(
-    chunks: Sequence[Chunk], group: int, visibility: Visibility, timeline: Timeline, device: torch.device
+    chunks: Sequence[Chunk],
+    group: int,
+    visibility: Visibility,
+    timeline: Timeline,
+    device: torch.device,
+    *,
+    num_rows: int | None = None,
 ) -> DecodeTables:
-    """Return the tables of chunks of one token each: what `step_plan.plan_decode` shows, in one copy."""
+    """Return the tables of chunks of one token each: what `step_plan.plan_decode` shows, in one copy.
+
+    With `num_rows`, rows without a request follow.
+    """
+    num_added = (num_rows or len(chunks)) - len(chunks)
     ranges = [visible_blocks(chunk, group, visibility, timeline) for chunk in chunks]
-    max_blocks = max(len(blocks.ids) for blocks in ranges)
+    max_blocks = max((len(blocks.ids) for blocks in ranges), default=0)
     num_tiles = -(-timeline.num_exact // 16)
+    starts = [0, *itertools.accumulate(num_tiles + 2 * len(blocks.ids) for blocks in ranges)]
     columns = [
-        [chunk.cache.slot for chunk in chunks],
-        [chunk.start for chunk in chunks],
+        [chunk.cache.slot for chunk in chunks] + [-1] * num_added,
+        [chunk.start for chunk in chunks] + [0] * num_added,
         [
             timeline.num_sinks
             + BLOCK_SIZE * timeline.num_visible_blocks(chunk.start, chunk.num_prompt_tokens)
             for chunk in chunks
-        ],
-        [visibility.first_visible(chunk.start) for chunk in chunks],
-        [blocks.start for blocks in ranges],
-        [len(blocks.ids) for blocks in ranges],
-        [0, *itertools.accumulate(num_tiles + 2 * len(blocks.ids) for blocks in ranges)],
+        ]
+        + [0] * num_added,
+        [visibility.first_visible(chunk.start) for chunk in chunks] + [0] * num_added,
+        [blocks.start for blocks in ranges] + [0] * num_added,
+        [len(blocks.ids) for blocks in ranges] + [0] * num_added,
+        starts + starts[-1:] * num_added,
         [block_id for blocks in ranges for block_id in blocks.ids + [0] * (max_blocks - len(blocks.ids))],
     ]
     numbers = torch.tensor([number for column in columns for number in column], dtype=torch.int32)

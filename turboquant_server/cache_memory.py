@@ -134,10 +134,15 @@ def _measure_scratch(
     torch.cuda.reset_peak_memory_stats(model.device)
     before = torch.cuda.memory_allocated(model.device)
     runner.forward([ScheduledRequest(request, step)], is_decode=False)
+    prefill = torch.cuda.max_memory_allocated(model.device) - before
+    torch.cuda.reset_peak_memory_stats(model.device)
     decode = ScheduledRequest(request, [Chunk(cache, length, length + 1, length)])
     logits = runner.forward([decode] * size.num_slots, is_decode=True)
     sample(torch.stack(logits), [SamplingRow(params, 0, 0, length)] * size.num_slots)
-    return torch.cuda.max_memory_allocated(model.device) - before
+    decode_bytes = torch.cuda.max_memory_allocated(model.device) - before
+    # Graphs keep their memory.
+    has_graphs = runner.can_capture and not config.enforce_eager
+    return prefill + decode_bytes if has_graphs else max(prefill, decode_bytes)
 
 
 def _last_step(cache: RequestCache, num_prompt_tokens: int, max_num_batched_tokens: int) -> list[Chunk]:

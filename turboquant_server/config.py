@@ -103,6 +103,9 @@ class ServerConfig(BaseSettings):
         ge=1024,  # the longest part of a prompt that has to be read in one step has 643
         description="most prompt tokens that one step reads, at least 1024",
     )
+    enforce_eager: bool = Field(
+        False, description="run decode steps without CUDA graphs: a faster start, slower answers"
+    )
     no_prefix_caching: bool = Field(
         False, description="read each prompt anew, even where an earlier one began with the same tokens"
     )

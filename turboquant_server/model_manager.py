@@ -97,11 +97,14 @@ class ModelManager:
         self.tokenizer: PreTrainedTokenizerBase = tokenizer
         self._model: PreTrainedModel = model
         embeddings: Any = model.get_input_embeddings()
+        runner = ModelRunner(model, store, states, is_paged=attention.is_paged)
+        if runner.can_capture and not self._config.enforce_eager:
+            runner.capture_graphs(self._cache_size.num_slots, self.max_model_len)
         engine = Engine(
             Scheduler(
                 self.open_cache, TIMELINE, self._config.max_num_batched_tokens, one_shot=attention.one_shot
             ),
-            ModelRunner(model, store, states, is_paged=attention.is_paged),
+            runner,
             # Fast tokenizers must not be shared between threads.
             copy.deepcopy(tokenizer),
             find_eos_token_ids(model, tokenizer),

@@ -7,7 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from turboquant_core.request_cache import CacheManager, RequestCache, Visibility
-from turboquant_core.step_plan import Chunk, DecodePlan, new_blocks, plan_decode, visible_blocks
+from turboquant_core.step_plan import (
+    Chunk,
+    DecodePlan,
+    make_decode_tables,
+    new_blocks,
+    plan_decode,
+    visible_blocks,
+)
 from turboquant_core.timeline import Timeline
 
 CPU = torch.device("cpu")
@@ -173,3 +180,19 @@ def test_rows_have_the_slots_of_their_requests(order: list[int], count: int) -> 
     assert torch.arange(8)[plan.slot_rows].tolist() == slots
     assert plan.block_mask is None
     assert plan.block_ids.numel() == plan.new_block_ids.numel() == 0
+
+
+def test_tables_may_have_rows_without_a_request() -> None:
+    timeline = Timeline()
+    manager = make_manager(timeline, Visibility())
+    chunks = [open_at(manager, position, position + 1, 20) for position in (900, 30)]
+    tables = make_decode_tables(chunks, 0, Visibility(), timeline, CPU)
+    padded = make_decode_tables(chunks, 0, Visibility(), timeline, CPU, num_rows=5)
+    assert padded.slots.tolist() == [*tables.slots.tolist(), -1, -1, -1]
+    assert padded.num_blocks.tolist() == [*tables.num_blocks.tolist(), 0, 0, 0]
+    ends = tables.item_starts.tolist()
+    assert ends == [0, 13 + 2 * int(tables.num_blocks[0]), 26 + 2 * int(tables.num_blocks.sum())]
+    assert padded.item_starts.tolist() == [*ends, ends[-1], ends[-1], ends[-1]]
+    assert torch.equal(padded.block_tables, tables.block_tables)
+    alone = make_decode_tables([], 0, Visibility(), timeline, CPU, num_rows=2)
+    assert (alone.slots.tolist(), alone.item_starts.tolist()) == ([-1, -1], [0, 0, 0])

@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 from triton import language
 from triton.runtime import interpreter
 
-from turboquant_core.kernels.triton_encode import encode_blocks
+from turboquant_core.kernels import triton_encode
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
@@ -54,6 +54,19 @@ def make_states(codec: BlockCodec, num_blocks: int = 1, seed: int = 0) -> States
     return States(
         *(states.unflatten(0, (num_blocks, 64)).transpose(1, 2) for states in (tokens.keys, tokens.values))
     )
+
+
+def encode_blocks(
+    keys: Tensor,
+    values: Tensor,
+    rows: Tensor,
+    starts: Tensor,
+    records: Tensor,
+    ids: Tensor,
+    codec: BlockCodec,
+) -> None:
+    """Make blocks of a single layer."""
+    triton_encode.encode_blocks(keys[None], values[None], rows, starts, records[None], ids, [codec])
 
 
 def rotated(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from turboquant_core.reference import AttentionOptions
 from turboquant_core.request_cache import Visibility
-from turboquant_core.step_plan import Chunk
+from turboquant_core.step_plan import Chunk, due_blocks
 
 pytest.importorskip("triton")
 from triton import language
@@ -147,3 +147,35 @@ def test_outputs_have_the_error_of_the_models_arithmetic(shape: Shape, dtype: to
     engine = engine_of(shape, (4, 4), dtype=dtype)
     tokens = random_tokens(shape, 140, seed=6, dtype=dtype)
     compute(engine, engine.open(tokens, 140), 140, tolerance=4 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("bits", [(4, 3), None])
+def test_due_blocks_of_all_layers_are_those_that_each_layer_makes(bits: tuple[int, int] | None) -> None:
+    shape = Shape(2, 1, 32, 16)
+    layers = [
+        Layer(make_codec(bits, shape), visibility, AttentionOptions(0.2))
+        for visibility in (FULL, FULL, WINDOWS[1])
+    ]
+    engine = Engine(shape, layers, device=DEVICE)
+    requests = [engine.open(random_tokens(shape, 196, seed=seed), 100) for seed in (7, 8)]
+    engine.prefill(*((request, 100) for request in requests))
+    for layer in range(3):  # so that tokens are not the same in all
+        for states in engine.store.exact[layer]:
+            states.mul_(1 + layer)
+    engine.store.uses_kernels = False
+    engine.decode_all(*requests)
+    chunks = [Chunk(request.cache, 195, 196, 100) for request in requests]
+    for uses_kernels in (False, True):
+        engine.store.uses_kernels = uses_kernels
+        for group in range(2):
+            due = due_blocks(chunks, group, SMALL)
+            ids = [block_id for _, block_id, _ in due]
+            assert len(ids) == 2
+            of_group = [index for index in range(3) if engine.store.layers[index].group == group]
+            expected = {index: engine.store.records[index][ids].clone() for index in of_group}
+            for index in of_group:
+                engine.store.records[index][ids] = 255
+            engine.store.make_due_blocks(group, due)
+            for index, records in expected.items():
+                made = engine.store.records[index][ids]
+                assert (made == records).double().mean() > 0.99

@@ -72,7 +72,7 @@ def launch(shape: Launch) -> None:
     )
     records = torch.zeros(8, KV_HEADS, codec.record_bytes, dtype=torch.uint8)
     numbers = torch.zeros(2, dtype=torch.int32)
-    encode_blocks(keys, values, numbers, numbers, records, numbers, codec)
+    encode_blocks(keys[None], values[None], numbers, numbers, records[None], numbers, [codec])
     tables = DecodeTables(
         slots=numbers,
         positions=numbers,

@@ -26,6 +26,7 @@ def test_the_defaults_serve_the_demo_model_to_this_machine_only() -> None:
     assert (config.gpu_memory_utilization, config.vram_limit, config.kv_cache_memory) == (None, None, None)
     assert (config.max_num_seqs, config.max_num_batched_tokens) == (None, 2048)
     assert config.no_prefix_caching is False
+    assert config.enforce_eager is False
     assert config.trust_remote_code is False
 
 

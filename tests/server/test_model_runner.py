@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from turboquant_core import Timeline
 from turboquant_server.attention_check import find_attention
 from turboquant_server.engine import model_runner
+from turboquant_server.engine.decode_graphs import batch_sizes
 from turboquant_server.engine.model_runner import ModelRunner
 from turboquant_server.engine.request import RequestFailedError
 from turboquant_server.engine.sampler import SamplingRow, sample
@@ -208,3 +210,13 @@ def fail_at(last_position: int) -> Callable[[torch.Tensor], None]:
             raise RuntimeError("bad kernel")
 
     return fail
+
+
+@pytest.mark.parametrize(
+    ("max_batch", "sizes"),
+    [(1, [1]), (5, [1, 2, 3, 4, 5]), (16, [1, 2, 3, 4, 6, 8, 12, 16]), (17, [1, 2, 3, 4, 6, 8, 12, 16, 17])],
+)
+def test_graphs_are_made_for_batches_of_few_sizes(max_batch: int, sizes: list[int]) -> None:
+    assert batch_sizes(max_batch) == sizes
+    # At most a third of the rows are to spare.
+    assert all(2 * above <= 3 * (below + 1) for below, above in itertools.pairwise(batch_sizes(256)))

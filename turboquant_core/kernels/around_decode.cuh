@@ -85,6 +85,7 @@ DEVICE void prepare_requests(const void* queries, const void* keys, const void* 
   }
   if (keys)
     for (int request = first; request < min(first + REQUESTS, batch); request++) {
+      if (slots[request] < 0) continue;  // a row without a request
       const int position = positions[request];
       const int place = position < NUM_SINKS ? position : NUM_SINKS + (position - NUM_SINKS) % RING_SIZE;
       const long long source = (long long)request * num_heads + head;
@@ -157,9 +158,13 @@ DEVICE void merge_requests(const float* partials, const int* item_starts, const 
     const int request = first + thread, segment = 2 * (request * num_heads + head);
     const u32 count = item_starts[request + 1] - item_starts[request];
     const u32 start = (u32)item_starts[request] * num_heads + head * count;
-    // Partials of the exact tokens, then of the blocks, each of thread blocks that follow each other.
-    exact_begins[thread] = shares.owner(start) + segment;
-    exact_counts[thread] = shares.owner(start + NUM_EXACT_TILES - 1) - shares.owner(start) + 1;
+    // Partials of the exact tokens, then of the blocks, each of thread blocks that follow each other. A row
+    // without a request has none.
+    exact_begins[thread] = exact_counts[thread] = 0;
+    if (count > 0) {
+      exact_begins[thread] = shares.owner(start) + segment;
+      exact_counts[thread] = shares.owner(start + NUM_EXACT_TILES - 1) - shares.owner(start) + 1;
+    }
     counts[thread] = exact_counts[thread];
     if (count > NUM_EXACT_TILES) {
       const u32 owner = shares.owner(start + NUM_EXACT_TILES);
@@ -219,7 +224,8 @@ DEVICE void merge_requests(const float* partials, const int* item_starts, const 
   for (int i = thread; i < num_requests * SUMS; i += AROUND_THREADS) {
     const int row = i / VALUE_DIM, dim = i % VALUE_DIM;
     const long long target = ((long long)(first + row / GROUP) * num_heads + head) * GROUP + row % GROUP;
-    const float number = Transform::total(parts, row, dim) / denominators[row];
+    const float denominator = denominators[row];
+    const float number = denominator == 0 ? 0 : Transform::total(parts, row, dim) / denominator;
     ((u16*)output)[target * VALUE_DIM + dim] = (u16)to_exact_type(number, 0);
   }
 }

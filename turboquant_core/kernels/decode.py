@@ -48,6 +48,8 @@ def decode(
     kernel = cuda_decode(shape, queries.device) if queries.dtype == keys.dtype else None
     if kernel is not None:
         return kernel(queries, new, exact, records, tables, codec, options)
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("a layer's attention has no CUDA kernel")
     if isinstance(codec, ExactCodec):
         return None
     if new is not None:

@@ -9,6 +9,7 @@ have the order of `triton_store.spread`.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,30 +45,33 @@ def encode_blocks(
     starts: Tensor,
     records: Tensor,
     block_ids: Tensor,
-    codec: BlockCodec,
+    codecs: Sequence[BlockCodec],
 ) -> None:
-    """Make records of blocks of 64 tokens each, in one launch that does not wait for the host.
+    """Make records of blocks of 64 tokens each, the same in all layers, in one launch without a wait.
 
     Args:
-        keys: ``[num_rows, num_kv_heads, num_places, key_dim]``, float32, float16 or bfloat16, any strides:
-            slots of exact tokens, or new tokens as a single row.
-        values: ``[num_rows, num_kv_heads, num_places, value_dim]``.
+        keys: ``[num_layers, num_rows, num_kv_heads, num_places, key_dim]``, float32, float16 or bfloat16,
+            any strides: slots of exact tokens, or new tokens as a single row.
+        values: ``[num_layers, num_rows, num_kv_heads, num_places, value_dim]``.
         rows: Integers ``[num_blocks]``, where each block's tokens lie.
         starts: Integers ``[num_blocks]``, the place of its first token there; the others follow.
-        records: uint8 ``[num_records, num_kv_heads, record_bytes]``, contiguous.
+        records: uint8 ``[num_layers, num_records, num_kv_heads, record_bytes]``, contiguous.
         block_ids: Integers ``[num_blocks]``, which records become those of the blocks, all different. Where
             one is negative, nothing is read or written.
-        codec: What records are made by.
+        codecs: What records of each layer are made by; they differ in nothing but transforms.
     """
-    num_blocks, num_kv_heads = len(block_ids), keys.shape[1]
+    num_layers, _, num_kv_heads = keys.shape[:3]
+    num_blocks = len(block_ids)
     if not num_blocks:
         return
-    key_quantizer, value_quantizer = codec.key_quantizer, codec.value_quantizer
-    key_parts, key_units = matrix_parts(key_quantizer.transform, KEYS, keys.device)
-    value_parts, value_units = matrix_parts(value_quantizer.transform, VALUES, keys.device)
+    key_quantizer, value_quantizer = codecs[0].key_quantizer, codecs[0].value_quantizer
+    key_transforms = tuple(codec.key_quantizer.transform for codec in codecs)
+    value_transforms = tuple(codec.value_quantizer.transform for codec in codecs)
+    key_parts, key_units = matrix_parts(key_transforms, KEYS, keys.device)
+    value_parts, value_units = matrix_parts(value_transforms, VALUES, keys.device)
     key_constants, value_constants = (constants(q.dim, q.bits) for q in (key_quantizer, value_quantizer))
     with torch.cuda.device_of(records):
-        _encode[(num_blocks, num_kv_heads, 2)](
+        _encode[(num_blocks, num_kv_heads * num_layers, 2)](
             keys,
             values,
             rows,
@@ -81,10 +85,11 @@ def encode_blocks(
             records.view(torch.float16),
             records.view(torch.int8),
             num_kv_heads,
+            records.shape[1],
             *keys.stride(),
             *values.stride(),
-            KEYS_PER_HEAD=len(key_units) > 1,
-            VALUES_PER_HEAD=len(value_units) > 1,
+            KEYS_PER_HEAD=key_units.shape[1] > 1,
+            VALUES_PER_HEAD=value_units.shape[1] > 1,
             KEY_SETTINGS=_settings(key_quantizer),
             KEY_BOUNDARIES=key_constants.boundaries,
             KEY_DIGITS=key_constants.digits,
@@ -196,10 +201,13 @@ def _encode(
     halves,
     integers,
     num_kv_heads,
+    num_records,
+    key_layer_stride,
     key_row_stride,
     key_head_stride,
     key_token_stride,
     key_dim_stride,
+    value_layer_stride,
     value_row_stride,
     value_head_stride,
     value_token_stride,
@@ -216,17 +224,22 @@ def _encode(
     STARTS: tl.constexpr,
 ):
     block = tl.program_id(0)
-    head = tl.program_id(1).to(tl.int64)
+    layer = (tl.program_id(1) // num_kv_heads).to(tl.int64)
+    head = (tl.program_id(1) % num_kv_heads).to(tl.int64)
     block_id = tl.load(block_ids + block).to(tl.int64)
     if block_id < 0:
         return
     row = tl.load(rows + block).to(tl.int64)
     start = tl.load(starts + block).to(tl.int64)
-    record = (block_id * num_kv_heads + head) * (2 * STARTS[7])
+    record = ((layer * num_records + block_id) * num_kv_heads + head) * (2 * STARTS[7])
     if tl.program_id(2) == 0:
-        matrix = head * KEYS_PER_HEAD
+        matrix = layer * num_kv_heads + head if KEYS_PER_HEAD else layer
         _encode_tokens(
-            keys + row * key_row_stride + head * key_head_stride + start * key_token_stride,
+            keys
+            + layer * key_layer_stride
+            + row * key_row_stride
+            + head * key_head_stride
+            + start * key_token_stride,
             key_token_stride,
             key_dim_stride,
             key_parts + matrix * (2 * KEY_SETTINGS[1] * KEY_SETTINGS[2]),
@@ -242,9 +255,13 @@ def _encode(
             STARTS,
         )
     else:
-        matrix = head * VALUES_PER_HEAD
+        matrix = layer * num_kv_heads + head if VALUES_PER_HEAD else layer
         _encode_tokens(
-            values + row * value_row_stride + head * value_head_stride + start * value_token_stride,
+            values
+            + layer * value_layer_stride
+            + row * value_row_stride
+            + head * value_head_stride
+            + start * value_token_stride,
             value_token_stride,
             value_dim_stride,
             value_parts + matrix * (2 * VALUE_SETTINGS[1] * VALUE_SETTINGS[2]),

@@ -9,7 +9,7 @@ have the order of `triton_store.spread`.
 
 from __future__ import annotations
 
-import weakref
+import functools
 
 import torch
 import triton
@@ -27,21 +27,23 @@ _TOKEN_EXPONENT = tl.constexpr(14)
 # Larger tokens are made as long as this, which squares of numbers allow; norms and means end far below.
 _MAX_EXPONENT = tl.constexpr(46)
 
-_parts_of: weakref.WeakKeyDictionary[Transform, dict[tuple[int, torch.device], tuple[Tensor, Tensor]]] = (
-    weakref.WeakKeyDictionary()
-)
 
+@functools.lru_cache(maxsize=256)
+def matrix_parts(transforms: tuple[Transform, ...], kind: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the parts of transforms' matrices as the kernel reads them, and their units.
 
-def matrix_parts(transform: Transform, kind: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the parts of a transform's matrices as the kernel reads them, and their units.
-
-    float16 ``[num_heads, 2, rows, columns]``, with zeros beyond the dimension, and float32 ``[num_heads]``.
+    float16 ``[num_layers, 1 or num_heads, 2, rows, columns]``, with zeros beyond the dimension, and float32
+    ``[num_layers, 1 or num_heads]``.
     """
-    parts_on = _parts_of.setdefault(transform, {})
-    if (kind, device) not in parts_on:
-        with torch.inference_mode(False):
-            parts_on[kind, device] = _split_matrices(transform.matrices(device)[0], kind)
-    return parts_on[kind, device]
+    with torch.inference_mode(False):
+        matrices = [transform.matrices(device)[0] for transform in transforms]
+        num_heads = max(map(len, matrices))
+        split = [_split_matrices(each, kind) for each in matrices]
+        parts, units = zip(*split, strict=True)
+        return (
+            torch.stack([each.expand(num_heads, -1, -1, -1) for each in parts]),
+            torch.stack([each.expand(num_heads) for each in units]),
+        )
 
 
 def _split_matrices(matrices: Tensor, kind: int) -> tuple[Tensor, Tensor]:

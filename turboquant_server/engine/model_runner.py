@@ -22,6 +22,7 @@ from turboquant_core import (
     forward_context,
     plan_decode,
 )
+from turboquant_server.engine.decode_graphs import DecodeGraphs
 from turboquant_server.engine.request import Request, RequestFailedError
 from turboquant_server.engine.sampler import SamplingRow, sample
 from turboquant_server.engine.scheduler import ScheduledBatch, ScheduledRequest
@@ -43,11 +44,15 @@ class ModelRunner:
         store: Holds the keys and values.
         states: Holds what recurrent layers remember, if the model has any.
         is_paged: The model attends on the store; otherwise it gets the past as it gets it in transformers.
+
+    Attributes:
+        graphs: Run decode steps of this many requests or less, if there are any: see `capture_graphs`.
     """
 
     def __init__(
         self, model: PreTrainedModel, store: PagedStore, states: StatePool | None, *, is_paged: bool
     ) -> None:
+        self.graphs: DecodeGraphs | None = None
         self._model = model
         self._store = store
         self._states = states
@@ -57,6 +62,26 @@ class ModelRunner:
         self._takes_positions = "position_ids" in parameters
         # Only some positions' logits are needed; a long chunk's would take more memory than its cache.
         self._takes_logits_to_keep = "logits_to_keep" in parameters
+
+    @property
+    def can_capture(self) -> bool:
+        """Tell whether decode steps may run as CUDA graphs."""
+        return self._is_paged and self._states is None and self._store.device.type == "cuda"
+
+    @torch.inference_mode()
+    def capture_graphs(self, max_batch: int, max_model_len: int) -> None:
+        """Let decode steps run as CUDA graphs; if that fails, they do not, and the log says why."""
+        wanted = torch.zeros(1, dtype=torch.int64, device=self._model.device)
+
+        def forward(input_ids: Tensor, position_ids: Tensor) -> Tensor:
+            cache = PassThroughCache(self._model.config)
+            return self._call_model(input_ids, position_ids, wanted, cache)[:, 0]
+
+        try:
+            self.graphs = DecodeGraphs(forward, self._store, max_batch, max_model_len)
+        except Exception as error:  # whatever a model does that a graph cannot
+            reason = str(error).partition("\n")[0]
+            logger.warning("decode steps run without CUDA graphs: %s (%s)", reason, type(error).__name__)
 
     def run(self, batch: ScheduledBatch) -> list[tuple[ScheduledRequest, list[int] | RequestFailedError]]:
         """Compute one step.
@@ -93,6 +118,11 @@ class ModelRunner:
             return [self._forward_dense(scheduled[0])]
         if is_decode:
             chunks = [item.chunks[0] for item in scheduled]
+            if self.graphs is not None:
+                newest = [
+                    item.request.token_ids[chunk.start] for item, chunk in zip(scheduled, chunks, strict=True)
+                ]
+                return list(self.graphs.run(newest, chunks))
             plans = [
                 plan_decode(chunks, group, visibility, self._store.timeline, self._store.device)
                 for group, visibility in enumerate(self._store.visibilities)
@@ -138,19 +168,23 @@ class ModelRunner:
     ) -> Tensor:
         """Return logits ``[num_rows, num_wanted, vocab_size]`` at the wanted places of each row."""
         device = self._model.device
-        options: dict[str, Any] = {self._cache_argument: cache}
-        if self._takes_positions:
-            positions = [range(chunk.start, chunk.end) for chunk in chunks]
-            options["position_ids"] = _rows(positions, num_rows, device)
-        if self._takes_logits_to_keep:
-            options["logits_to_keep"] = wanted.to(device)
+        positions = [range(chunk.start, chunk.end) for chunk in chunks]
         if self._states is not None and chunks[0].start > 0:
             self._states.load(cache, slots)
-        outputs = self._model(
-            input_ids=_rows(token_ids, num_rows, device), use_cache=True, return_dict=True, **options
+        logits = self._call_model(
+            _rows(token_ids, num_rows, device), _rows(positions, num_rows, device), wanted.to(device), cache
         )
         if self._states is not None:
             self._states.store(cache, slots)
+        return logits
+
+    def _call_model(self, input_ids: Tensor, position_ids: Tensor, wanted: Tensor, cache: Cache) -> Tensor:
+        options: dict[str, Any] = {self._cache_argument: cache}
+        if self._takes_positions:
+            options["position_ids"] = position_ids
+        if self._takes_logits_to_keep:
+            options["logits_to_keep"] = wanted
+        outputs = self._model(input_ids=input_ids, use_cache=True, return_dict=True, **options)
         logits: Tensor = outputs.logits
         return logits if self._takes_logits_to_keep else logits[:, wanted]
 
