@@ -4,9 +4,10 @@
     python scripts/benchmark_kv.py --model Qwen/Qwen2.5-1.5B-Instruct --context 1024,8192 --output results
     python scripts/benchmark_kv.py --model scripts/configs/llama-3.1-8b --load-format dummy --quick
 
-Every cache gets the same model in bfloat16 and the same text. `bf16` is transformers' own cache in a plain
-loop; the others are run by the server's engine. How a run is measured is in `kv_runs.py`; this file knows
-which caches there are and what a report holds. The last line is one JSON object.
+Every cache gets the same model in bfloat16 and the same text. `bf16` is the server with `--kv-cache-dtype
+bf16`, a number of bits the server with these; `transformers` is its own cache in a plain loop. How a run is
+measured is in `kv_runs.py`; this file knows which caches there are and what a report holds. The last line is
+one JSON object.
 """
 
 from __future__ import annotations
@@ -46,20 +47,22 @@ QUICK_CONTEXTS = (512, 2048)
 NUM_TOKENS, NUM_QUICK_TOKENS = 64, 16  # of an answer
 LEGEND = """\
 context: tokens of prompt and answer. KV: bytes of a cache for one such request; x: how many times as many
-bf16's has. Peaks: the most that tensors took of the GPU, weights included, while the prompt was read and
-while tokens were generated; bf16 reads the prompt at once, the server in steps. same: tokens like bf16's up
-to the first that differs."""
+that of bf16 has, the same server without compression. Peaks: the most that tensors took of the GPU, weights
+included, while the prompt was read and while tokens were generated; a server reads it in steps, transformers
+at once. same: tokens like bf16's up to the first that differs. On a CPU a server reads bf16's
+blocks more slowly than codes: what codes cost in speed, only `transformers` tells there."""
 
 
-def caches(config: ServerConfig, bits: Sequence[int]) -> dict[str, RunCache]:
-    """Return how to run each cache, by its name."""
-    return {
-        REFERENCE: run_plain,
-        **{
-            f"{width} bits": partial(run_served, config.model_copy(update={"kv_bits": (width, width)}))
-            for width in bits
-        },
+def caches(config: ServerConfig, bits: Sequence[int], *, with_transformers: bool) -> dict[str, RunCache]:
+    """Return how to run each cache, by its name; the one that others are compared with comes first."""
+    options: dict[str, dict[str, Any]] = {
+        REFERENCE: {"kv_cache_dtype": "bf16"},
+        **{f"{width} bits": {"kv_cache_dtype": "turboquant", "kv_bits": (width, width)} for width in bits},
     }
+    runs: dict[str, RunCache] = {
+        name: partial(run_served, config.model_copy(update=update)) for name, update in options.items()
+    }
+    return runs | ({"transformers": run_plain} if with_transformers else {})
 
 
 def make_prompt(loaded: LoadedModel, num_tokens: int) -> list[int]:
@@ -131,7 +134,7 @@ def benchmark(name: str | None, args: argparse.Namespace) -> dict[str, Any]:
     default = QUICK_CONTEXTS if args.quick else CONTEXTS
     contexts = args.context or [each for each in default if each <= loaded.max_model_len]
     num_tokens = NUM_QUICK_TOKENS if args.quick else NUM_TOKENS
-    runs = caches(config, args.bits)
+    runs = caches(config, args.bits, with_transformers=args.transformers)
     label = DEMO_MODEL_NAME if name is None else Path(name).name
     with tqdm(
         total=len(contexts) * len(runs), desc=label, unit="run", leave=False, disable=not sys.stderr.isatty()
@@ -221,6 +224,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="B[,B...]",
         help="compressed caches to run beside bf16 (default: %(default)s)",
     )
+    add("--transformers", action="store_true", help="run transformers' own cache, too")
     add(
         "--quick", action="store_true", help="a quarter of the tokens; 512 and 2048, if no --context is given"
     )

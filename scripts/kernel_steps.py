@@ -135,6 +135,7 @@ def make_step(shape: Shape, seed: int) -> Step:
             block_starts=integers([TIMELINE.num_sinks] * shape.batch),
             num_blocks=integers(counts),
             item_starts=integers([0, *accumulate(num_tiles + 2 * count for count in counts)]),
+            has_free_rows=False,
         ),
     )
 

@@ -61,6 +61,14 @@ def test_a_served_run_gives_the_same_tokens_and_holds_no_more_than_one_request(t
     assert run_plain(tiny, prompt, NUM_TOKENS).token_ids == plain.token_ids
 
 
+def test_a_server_without_compression_gives_the_same_tokens_and_takes_16_bits(tiny: LoadedModel) -> None:
+    prompt = make_prompt(tiny, 400)
+    served = run_served(ServerConfig(kv_cache_dtype="bf16"), tiny, prompt, NUM_TOKENS)
+    assert served.token_ids == run_plain(tiny, prompt, NUM_TOKENS).token_ids
+    # The model is in float32; so are the 196 exact tokens, but not the 4 blocks.
+    assert served.kv_bytes == (196 * 4 + 4 * 64 * 2) * 2 * 2 * 2 * 64
+
+
 def test_a_prompt_starts_again_where_the_text_ends(
     tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -125,11 +133,18 @@ def test_rows_compare_each_cache_with_bf16_and_tell_what_failed(tiny: LoadedMode
     assert format_report({**report, "rows": alone}).count(" good |") == 1
 
 
-def test_each_cache_has_a_name_and_the_server_gets_its_bits() -> None:
-    runs = caches(ServerConfig(max_model_len=99), [4, 2])
+def test_each_cache_has_a_name_and_the_server_gets_its_type_and_bits() -> None:
+    runs: dict[str, Any] = {**caches(ServerConfig(max_model_len=99), [4, 2], with_transformers=False)}
     assert list(runs) == ["bf16", "4 bits", "2 bits"]
-    config = runs["2 bits"].args[0]  # type: ignore[attr-defined]
-    assert (config.kv_bits, config.max_model_len) == ((2, 2), 99)
+    settings = [(config.kv_cache_dtype, config.kv_bits) for config in (run.args[0] for run in runs.values())]
+    assert settings == [("bf16", None), ("turboquant", (4, 4)), ("turboquant", (2, 2))]
+    assert {(run.func, run.args[0].max_model_len) for run in runs.values()} == {(run_served, 99)}
+
+
+def test_transformers_own_cache_is_run_on_demand_and_compared_with_the_servers() -> None:
+    runs = caches(ServerConfig(), [3], with_transformers=True)
+    assert list(runs) == ["bf16", "3 bits", "transformers"]
+    assert runs["transformers"] is run_plain
 
 
 def test_a_quick_run_of_the_demo_model_ends_with_json(
@@ -139,13 +154,15 @@ def test_a_quick_run_of_the_demo_model_ends_with_json(
     main(["--quick", "--bits", "4", "--output", str(tmp_path / "results")])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("turboquant-demo: 0.0134B parameters, 0.02 GiB of bfloat16 weights; ")
-    assert "\n".join(lines[-5:-1]) == LEGEND
+    assert "\n".join(lines[-6:-1]) == LEGEND
     result = json.loads(lines[-1])
     [report] = result["models"]
     assert [(row["context"], row["cache"]) for row in report["rows"]] == [(512, "bf16"), (512, "4 bits")]
     bf16, compressed = report["rows"]
-    assert bf16["kv_bytes"] == (512 - 1) * 6 * 2 * 2 * 128 * 2
+    # 196 tokens in a slot and 5 blocks, in 6 layers of 2 heads of 128.
+    assert bf16["kv_bytes"] == (196 + 5 * 64) * 6 * 2 * 2 * 128 * 2
     assert compressed["kv_bytes"] < bf16["kv_bytes"] / 1.7
+    assert compressed["kv_bytes_of_reference"] == bf16["kv_bytes"]
     assert bf16["same_tokens"] == report["new_tokens"] == 16
     files = {path.name: json.loads(path.read_text()) for path in (tmp_path / "results").iterdir()}
     assert files == {"kv.json": result, "kv_turboquant-demo.json": report}
@@ -160,9 +177,11 @@ def test_random_models_are_named_by_their_directories(
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(config))
     models = [str(tmp_path / name) for name in ("first", "second")]
-    main(["--model", *models, "--load-format", "dummy", "--quick", "--context", "300", "--bits", "8"])
+    options = ["--load-format", "dummy", "--quick", "--context", "300", "--bits", "8", "--transformers"]
+    main(["--model", *models, *options])
     lines = capsys.readouterr().out.splitlines()
     reports = json.loads(lines[-1])["models"]
+    assert [row["cache"] for row in reports[0]["rows"]] == ["bf16", "8 bits", "transformers"]
     assert [report["model"] for report in reports] == ["first", "second"]
     assert {report["load_format"] for report in reports} == {"dummy"}
     assert not any("error" in row for report in reports for row in report["rows"])

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from turboquant_core import reference
 from turboquant_core.block_codec import BlockCodec
-from turboquant_core.config import BLOCK_SIZE
+from turboquant_core.layer_stack import LayerStack, make_blocks
 from turboquant_core.prefill_plan import PrefillPlan, plan_prefill
 from turboquant_core.reference import AttentionOptions, Codec, decode_attention
 from turboquant_core.request_cache import Visibility
@@ -51,23 +51,6 @@ class StoreLayer:
     key_dim: int
     value_dim: int
     group: int
-
-
-@dataclass(frozen=True)
-class _Stack:
-    """Layers that are alike.
-
-    Attributes:
-        indices: Of the layers.
-        records: uint8 ``[num_layers, num_blocks, num_kv_heads, record_bytes]``.
-        keys: ``[num_layers, num_rows, num_kv_heads, num_places, key_dim]``; a row is a slot, or new tokens.
-        values: Likewise.
-    """
-
-    indices: list[int]
-    records: Tensor
-    keys: Tensor
-    values: Tensor
 
 
 class PagedStore:
@@ -105,7 +88,7 @@ class PagedStore:
         self.records: dict[int, Tensor] = {}
         self.exact: dict[int, tuple[Tensor, Tensor]] = {}
         # What of layers is alike has one tensor, so that one launch makes the blocks of all.
-        self._stacks: list[_Stack] = []
+        self._stacks: list[LayerStack] = []
         for _, indices in itertools.groupby(sorted(layers, key=self._kind), key=self._kind):
             self._stacks.append(self._allocate(list(indices), num_blocks, num_slots, dtype))
 
@@ -124,7 +107,7 @@ class PagedStore:
 
     def _allocate(
         self, indices: list[int], num_blocks: Sequence[int], num_slots: int, dtype: torch.dtype
-    ) -> _Stack:
+    ) -> LayerStack:
         layer = self.layers[indices[0]]
         sizes = (len(indices), num_blocks[layer.group], layer.num_kv_heads, layer.codec.record_bytes)
         records = torch.empty(sizes, dtype=torch.uint8, device=self.device)
@@ -136,7 +119,7 @@ class PagedStore:
         for place, index in enumerate(indices):
             self.records[index] = records[place]
             self.exact[index] = keys[place], values[place]
-        return _Stack(indices, records, keys, values)
+        return LayerStack(indices, records, keys, values)
 
     def plan_prefill(self, chunks: Sequence[Chunk]) -> list[list[PrefillPlan]]:
         """Return the plans of chunks for each group of layers."""
@@ -222,7 +205,7 @@ class PagedStore:
             held = exact_keys[plan.slot_rows], exact_values[plan.slot_rows]
             outputs = decode_attention(queries, held, records, plan, codec, options)
         if writes and plan.new_block_ids.numel():
-            layer = _Stack([layer_idx], records[None], exact_keys[None], exact_values[None])
+            layer = LayerStack([layer_idx], records[None], exact_keys[None], exact_values[None])
             self._make_blocks(layer, plan.new_slots, plan.new_starts, plan.new_block_ids)
         return outputs
 
@@ -261,7 +244,7 @@ class PagedStore:
         if plan.new_block_ids.numel():
             tokens = slots if plan.are_new_in_slot else states
             records = self.records[layer_idx]
-            layer = _Stack([layer_idx], records[None], tokens[0][None, None], tokens[1][None, None])
+            layer = LayerStack([layer_idx], records[None], tokens[0][None, None], tokens[1][None, None])
             rows = torch.zeros_like(plan.new_starts)
             self._make_blocks(layer, rows, plan.new_starts, plan.new_block_ids)
 
@@ -295,25 +278,6 @@ class PagedStore:
         keys, values = self.exact[layer_idx]
         return keys[plan.slot][:, plan.held_places], values[plan.slot][:, plan.held_places]
 
-    def _make_blocks(self, source: _Stack, rows: Tensor, starts: Tensor, block_ids: Tensor) -> None:
-        """Make blocks of 64 tokens each, the same in all layers.
-
-        Args:
-            source: Where tokens are, and where records go.
-            rows: ``[num_blocks]``, where the tokens of each lie.
-            starts: ``[num_blocks]``, the place of its first token there; the others follow.
-            block_ids: ``[num_blocks]``, which these become.
-        """
-        codecs = [self.layers[index].codec for index in source.indices]
-        block_codecs = [codec for codec in codecs if isinstance(codec, BlockCodec)]
-        if self.uses_kernels and len(block_codecs) == len(codecs):
-            from turboquant_core.kernels.triton_encode import encode_blocks  # Triton is there where a GPU is
-
-            encode_blocks(source.keys, source.values, rows, starts, source.records, block_ids, block_codecs)
-            return
-        places = starts[:, None] + torch.arange(BLOCK_SIZE, device=self.device)
-        for codec, records, *layer in zip(codecs, source.records, source.keys, source.values, strict=True):
-            # Indices on both sides of the heads put the indexed dimensions first: [blocks, 64, heads, dim].
-            tokens = [states[rows[:, None], :, places].permute(2, 0, 1, 3) for states in layer]
-            # Copies whole records, in a fraction of the time that indexing takes.
-            records.index_copy_(0, block_ids, codec.encode(*tokens).transpose(0, 1))
+    def _make_blocks(self, stack: LayerStack, rows: Tensor, starts: Tensor, block_ids: Tensor) -> None:
+        codecs = [self.layers[index].codec for index in stack.indices]
+        make_blocks(stack, codecs, rows, starts, block_ids, uses_kernels=self.uses_kernels)

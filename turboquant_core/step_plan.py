@@ -88,6 +88,7 @@ class DecodeTables:
         num_blocks: ``[batch]``, how many; the rest of the row is undefined.
         item_starts: ``[batch + 1]``, counts the pieces that a request's tokens are divided into, those of all
             requests before it: for every kv head tiles of 16 places of its slot, then halves of its blocks.
+        has_free_rows: Whether there may be rows without a request.
     """
 
     slots: Tensor
@@ -98,6 +99,7 @@ class DecodeTables:
     block_starts: Tensor
     num_blocks: Tensor
     item_starts: Tensor
+    has_free_rows: bool
 
 
 @dataclass(frozen=True)
@@ -243,6 +245,7 @@ def make_decode_tables(
         block_starts=block_starts,
         num_blocks=num_blocks,
         item_starts=item_starts,
+        has_free_rows=num_rows is not None,
     )
 
 

@@ -1,4 +1,4 @@
-"""How the cache of the loaded model is compressed: bits, and transforms measured on the model itself.
+"""How the cache of the loaded model is kept: bits, and transforms measured on the model itself.
 
 Both are measured on `sample_text.txt`, which comes along; nobody has to provide data.
 """
@@ -20,6 +20,7 @@ from turboquant_core import (
     BitPlan,
     BlockCodec,
     BlockQuantizer,
+    ExactCodec,
     LayerShape,
     LayerTransforms,
     StoreLayer,
@@ -49,16 +50,18 @@ class CachePlan:
     """What every request's cache is made with.
 
     Attributes:
-        key_bits: Bits of a code of a key.
-        value_bits: Bits of a code of a value.
+        key_bits: Bits of a code of a key, or of its number where there are no codes.
+        value_bits: Likewise of a value.
         bit_plan: Bits by layer in place of these, if there is a budget.
         transforms: Of each layer's keys and values; rotations where a layer has none.
+        exact_dtype: Blocks are kept in this type, and there are no codes.
     """
 
     key_bits: int
     value_bits: int
     bit_plan: BitPlan | None = None
     transforms: Mapping[int, LayerTransforms] = field(default_factory=dict)
+    exact_dtype: torch.dtype | None = None
 
     def store_layers(self, attention: ModelAttention) -> dict[int, StoreLayer]:
         """Return what a store keeps of each layer.
@@ -77,7 +80,9 @@ class CachePlan:
             for index, shape in attention.shapes.items()
         }
 
-    def _codec(self, layer_idx: int, shape: LayerShape) -> BlockCodec:
+    def _codec(self, layer_idx: int, shape: LayerShape) -> BlockCodec | ExactCodec:
+        if self.exact_dtype is not None:
+            return ExactCodec(shape.key_dim, shape.value_dim, self.exact_dtype)
         bits = self.key_bits, self.value_bits
         if self.bit_plan:
             bits = self.bit_plan.layer_bits.get(layer_idx, bits)
@@ -99,11 +104,14 @@ class CachePlan:
 def plan_cache(
     config: ServerConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_model_len: int
 ) -> CachePlan:
-    """Measure what the model's cache needs.
+    """Measure what the model's cache needs; nothing, if it is not compressed.
 
     Raises:
         ModelLoadError: The budget cannot be met.
     """
+    if config.kv_cache_dtype == "bf16":
+        has_16_bits = model.dtype in (torch.bfloat16, torch.float16)
+        return CachePlan(16, 16, exact_dtype=model.dtype if has_16_bits else torch.bfloat16)
     key_bits, value_bits = config.kv_bits or (config.bits, config.bits)
     sample = _sample(model, tokenizer, max_model_len)
     try:

@@ -33,7 +33,7 @@ class CacheSize:
         groups: What each group of layers sees.
         num_slots: Most requests that run at once.
         num_blocks: Blocks of 64 tokens, of each group.
-        exact_bytes: What the uncompressed tokens of a slot take.
+        exact_bytes: What a request's first and newest tokens, which no block holds, take in a slot.
         state_bytes: What the states of recurrent layers take for a slot.
         block_bytes: What a block takes in all layers of its group.
         bf16_block_bytes: The same for keys and values in bfloat16.
@@ -55,7 +55,7 @@ class CacheSize:
 
     @property
     def bits_per_value(self) -> float:
-        """What a number of a compressed key or value takes, norms and means included."""
+        """What a number of a key or value takes in a block, norms, means and padding included."""
         return 8 * BF16_BYTES * sum(self.block_bytes) / max(1, sum(self.bf16_block_bytes))
 
     @property
@@ -92,7 +92,7 @@ def divide_memory(
         num_bytes: Of memory.
         attention: How the model attends.
         layers: What it stores.
-        dtype: Of what is not compressed.
+        dtype: Of the tokens in slots.
         max_model_len: Most tokens of a request.
         config: Says how many requests run at a time and how many tokens a step reads.
 
@@ -114,8 +114,8 @@ def divide_memory(
         requests = f"{num_slots:,} requests at a time" if num_slots > 1 else "even one request"
         remedy = " or a smaller --max-num-seqs" if num_slots > 1 else ""
         raise ModelLoadError(
-            f"{format_bytes(num_bytes)} are too few for a cache of {requests}, whose uncompressed tokens "
-            f"alone take {format_bytes(num_slots * slot_bytes)}; give more memory{remedy}"
+            f"{format_bytes(num_bytes)} are too few for a cache of {requests}, whose first and newest "
+            f"tokens alone take {format_bytes(num_slots * slot_bytes)}; give more memory{remedy}"
         )
     # First for one request that is as long as possible and read in steps as large as possible.
     first = [

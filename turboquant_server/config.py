@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -11,9 +12,10 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 ENV_PREFIX = "TURBOQUANT_"
 SUPPORTED_BITS = (2, 3, 4, 8)
+BITS = ("bits", "kv_bits", "kv_budget_bits")
 # Of these, one may be given.
 CHOICES = (
-    ("bits", "kv_bits", "kv_budget_bits"),
+    BITS,
     ("kv_cache_memory", "gpu_memory_utilization"),
     ("kv_cache_memory", "vram_limit"),
 )
@@ -38,6 +40,11 @@ class ServerConfig(BaseSettings):
     model: Text | None = Field(
         None,
         description="Hugging Face model id or directory (default: the small demo model that comes along)",
+    )
+    kv_cache_dtype: Literal["turboquant", "bf16"] = Field(
+        "turboquant",
+        description="turboquant compresses the KV cache; bf16 does not: the same server with 16 bits per "
+        "number, to compare with",
     )
     bits: int = Field(4, description="bits per stored number of the compressed KV cache: 2, 3, 4 or 8")
     kv_bits: Annotated[tuple[int, int] | None, NoDecode] = Field(
@@ -176,10 +183,17 @@ class ServerConfig(BaseSettings):
 
     @model_validator(mode="after")
     def _check_choices(self) -> ServerConfig:
-        for names in CHOICES:
-            given = [name for name in names if name in self.model_fields_set]
-            chosen = [name for name in given if getattr(self, name) is not None]
-            if len(chosen) > 1:
-                flags = " and ".join("--" + name.replace("_", "-") for name in chosen)
-                raise PydanticCustomError("two_choices", "choose one of {flags}", {"flags": flags})
+        chosen = [self._chosen(names) for names in CHOICES]
+        if self.kv_cache_dtype == "bf16":
+            chosen.append([*self._chosen(BITS), "--kv-cache-dtype bf16"])
+        for flags in chosen:
+            if len(flags) > 1:
+                raise PydanticCustomError(
+                    "two_choices", "choose one of {flags}", {"flags": " and ".join(flags)}
+                )
         return self
+
+    def _chosen(self, names: Sequence[str]) -> list[str]:
+        """Return the flags of fields that were given a value, be it the default."""
+        given = [name for name in names if name in self.model_fields_set]
+        return ["--" + name.replace("_", "-") for name in given if getattr(self, name) is not None]

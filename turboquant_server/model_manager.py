@@ -55,7 +55,7 @@ class ModelManager:
         self._config = config
 
     def load(self, loaded: LoadedModel | None = None) -> None:
-        """Load the model, try it out with a compressed cache, and start the engine.
+        """Load the model, try it out with a paged cache, and start the engine.
 
         Args:
             loaded: What to serve in place of the model that the configuration names: one that attends as
@@ -87,7 +87,8 @@ class ModelManager:
             store, states = build_store(attention, layers, self._cache_size, model.dtype, model.device)
         except UnsupportedModelError as error:
             raise ModelLoadError(
-                f"{source} cannot be served with a compressed KV cache: {error}; choose another --model"
+                f"{source} cannot be served with a {self._config.kv_cache_dtype} KV cache: {error}; "
+                "choose another --model"
             ) from error
         except torch.OutOfMemoryError as error:
             raise ModelLoadError(
@@ -125,9 +126,11 @@ class ModelManager:
             return max_model_len
         room = format_bytes(self._cache_size.num_bytes)
         if self._config.max_model_len is not None:
+            is_exact = self._cache_plan.exact_dtype is not None
+            smaller = "--kv-cache-dtype turboquant" if is_exact else "fewer --bits"
             raise ModelLoadError(
                 f"--max-model-len {max_model_len} does not fit: the cache of {room} holds {longest} tokens "
-                f"of a request; give {longest} or less, more memory, fewer --bits or a smaller --max-num-seqs"
+                f"of a request; give {longest} or less, more memory, {smaller} or a smaller --max-num-seqs"
             )
         logger.warning(
             "a request may have %s tokens, as many as the cache of %s holds; %s was made for %s",
@@ -141,7 +144,7 @@ class ModelManager:
     def open_cache(
         self, token_ids: Sequence[int], num_prompt_tokens: int, salt: bytes = b""
     ) -> RequestCache | None:
-        """Return a compressed cache for one request, or None while there is no room for it.
+        """Return a cache for one request, or None while there is no room for it.
 
         Args:
             token_ids: What the request has to compute.

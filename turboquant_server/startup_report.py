@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from turboquant_server.cache_size import TIMELINE, format_bytes
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
     from turboquant_server.cache_plan import CachePlan
@@ -31,41 +32,40 @@ def format_report(
         load_format: Where its weights come from, auto or dummy.
         quantize: How its weights were quantized on loading, or none.
         load_seconds: How long loading took.
-        cache_plan: How the cache is compressed.
+        cache_plan: How the cache is kept.
         cache_size: What it holds.
         max_model_len: Most tokens of a request.
     """
-    dtype = str(model.dtype).removeprefix("torch.")
     weights = "random weights, " if load_format == "dummy" else ""
     weights += "" if quantize == "none" else f"weights in {quantize}, "
     lines = {
         "model": (
             f"{name} ({model.config.model_type}, {_format_count(model.num_parameters())} parameters, "
-            f"{weights}{dtype} on {model.device})"
+            f"{weights}{_name(model.dtype)} on {model.device})"
         ),
         "loaded in": f"{load_seconds:.1f} s",
         "context": f"{max_model_len:,} tokens",
-        **_format_cache(cache_plan, cache_size, dtype),
+        **_format_cache(cache_plan, cache_size, model.dtype),
         "requests": _format_requests(cache_size, max_model_len),
     }
     width = max(map(len, lines)) + 2
     return "\n".join(f"{label:<{width}}{text}" for label, text in lines.items())
 
 
-def _format_cache(plan: CachePlan, size: CacheSize, dtype: str) -> dict[str, str]:
+def _format_cache(plan: CachePlan, size: CacheSize, dtype: torch.dtype) -> dict[str, str]:
     memory = format_bytes(size.num_bytes)
     if not size.groups:
         return {"KV cache": "none, only states of recurrent layers", "memory": f"{memory} of states"}
-    return {
-        "KV cache": (
-            f"{_format_bits(plan)}, {size.bits_per_value:.3f} bits per value; a request's first "
-            f"{TIMELINE.num_sinks} and newest {TIMELINE.residual_length} tokens stay {dtype}"
-        ),
-        **_format_layers(plan),
-        "memory": (
-            f"{memory} for {size.num_tokens:,} tokens; in bfloat16 it would hold {size.num_bf16_tokens:,}"
-        ),
-    }
+    blocks = f"{_format_bits(plan, dtype)}, {size.bits_per_value:.3f} bits per value"
+    tokens = f"{memory} for {size.num_tokens:,} tokens"
+    if plan.exact_dtype is None:
+        tokens += f"; in bfloat16 it would hold {size.num_bf16_tokens:,}"
+    if plan.exact_dtype != dtype:
+        blocks += (
+            f"; a request's first {TIMELINE.num_sinks} and newest {TIMELINE.residual_length} tokens "
+            f"stay {_name(dtype)}"
+        )
+    return {"KV cache": blocks, **_format_layers(plan), "memory": tokens}
 
 
 def _format_requests(size: CacheSize, max_model_len: int) -> str:
@@ -76,7 +76,10 @@ def _format_requests(size: CacheSize, max_model_len: int) -> str:
     return f"up to {size.num_slots:,} at a time, {long} of full context"
 
 
-def _format_bits(plan: CachePlan) -> str:
+def _format_bits(plan: CachePlan, dtype: torch.dtype) -> str:
+    if plan.exact_dtype is not None:
+        name = _name(plan.exact_dtype)
+        return f"{name}, not compressed" if plan.exact_dtype == dtype else f"{_name(dtype)} rounded to {name}"
     if plan.bit_plan:
         return "codes of 2 to 8 bits by layer"
     if plan.key_bits == plan.value_bits:
@@ -93,6 +96,10 @@ def _format_layers(plan: CachePlan) -> dict[str, str]:
         "  key bits": " ".join(map(str, keys)),
         "  value bits": f"{' '.join(map(str, values))}  (layers in order)",
     }
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _format_count(number: int) -> str:

@@ -82,6 +82,7 @@ def launch(shape: Launch) -> None:
         block_starts=numbers,
         num_blocks=numbers,
         item_starts=numbers,
+        has_free_rows=False,
     )
     sinks = None if shape.softcap is None else torch.zeros(num_heads)
     options = AttentionOptions(1.0, shape.softcap, sinks)

@@ -168,6 +168,7 @@ def make_case(
             block_starts=integers([TIMELINE.num_sinks + 64 * skip for skip in skipped]),
             num_blocks=integers(counts),
             item_starts=integers([0, *itertools.accumulate(13 + 2 * count for count in counts)]),
+            has_free_rows=False,
         ),
         codec=codec,
     )
@@ -318,3 +319,37 @@ def test_random_cases() -> None:
         )
         assert_is_right(case, options=AttentionOptions(10 ** draw.uniform(-2, 0.3) * dim**-0.5 / size))
     assert number > 20
+
+
+def test_rows_without_a_request_change_nothing() -> None:
+    from turboquant_core.kernels.decode import decode
+
+    case = make_case([900, 2000, 70])
+    options = AttentionOptions(128**-0.5)
+    expected = case.run("cuda", options)
+    num_rows = 7
+    numbers = {
+        name: torch.cat([value, torch.zeros(num_rows - 3, dtype=torch.int32, device=DEVICE)])
+        for name, value in vars(case.tables).items()
+        if isinstance(value, Tensor) and value.dim() == 1 and name != "item_starts"
+    }
+    numbers["slots"][3:] = -1
+    ends = case.tables.item_starts
+    tables = replace(
+        case.tables,
+        **numbers,
+        block_tables=torch.cat([case.tables.block_tables, case.tables.block_tables[[0, 1, 2, 0]]]),
+        item_starts=torch.cat([ends, ends[-1:].expand(num_rows - 3)]),
+        has_free_rows=True,
+    )
+    queries = torch.cat([case.queries, case.queries[[0, 1, 2, 0]]])
+    new = tuple(torch.cat([states, states[[0, 1, 2, 0]]]) for states in case.new)
+    before = case.exact[0].clone(), case.exact[1].clone()
+    outputs = decode(queries, new, case.exact, case.records, tables, TIMELINE, case.codec, options)  # type: ignore[arg-type]
+    assert outputs is not None
+    torch.testing.assert_close(outputs[:3], expected, rtol=0.02, atol=1e-3)
+    assert (outputs[3:] == 0).all()
+    slots = case.tables.slots.long()
+    others = [slot for slot in range(len(before[0])) if slot not in slots.tolist()]
+    for held, old in zip(case.exact, before, strict=True):
+        assert torch.equal(held[others], old[others])

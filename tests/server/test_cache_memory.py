@@ -26,14 +26,16 @@ pytestmark = pytest.mark.usefixtures("no_variables")
 MIB = 2**20
 GIB = 2**30
 MAX_MODEL_LEN = 256
+PLAN = CachePlan(4, 4)
+EXACT_PLAN = CachePlan(16, 16, exact_dtype=torch.bfloat16)
 
 
 def prepared(
-    name: str, tokenizer: PreTrainedTokenizerFast
+    name: str, tokenizer: PreTrainedTokenizerFast, plan: CachePlan = PLAN
 ) -> tuple[PreTrainedModel, ModelAttention, dict[int, StoreLayer]]:
     model = architectures.build(name)
     attention = find_attention(model, tokenizer, MAX_MODEL_LEN)
-    return model, attention, CachePlan(4, 4).store_layers(attention)
+    return model, attention, plan.store_layers(attention)
 
 
 def tensor_bytes(size: CacheSize, model: PreTrainedModel, attention: ModelAttention, layers: Any) -> int:
@@ -54,8 +56,11 @@ def tensor_bytes(size: CacheSize, model: PreTrainedModel, attention: ModelAttent
     "name",
     ["llama", "mistral", "gemma3_text", "gemma3n_text", "qwen3_next", "mamba2", "deepseek_v3", "jamba"],
 )
-def test_the_tensors_take_what_was_planned(name: str, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    model, attention, layers = prepared(name, tiny_tokenizer)
+@pytest.mark.parametrize("plan", [PLAN, EXACT_PLAN], ids=["codes", "exact"])
+def test_the_tensors_take_what_was_planned(
+    name: str, plan: CachePlan, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model, attention, layers = prepared(name, tiny_tokenizer, plan)
     for num_bytes in (MIB, 3 * MIB):
         size = divide_memory(num_bytes, attention, layers, model.dtype, 2**20, ServerConfig())
         assert tensor_bytes(size, model, attention, layers) == size.num_bytes <= num_bytes

@@ -17,7 +17,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import MptConfig, MptForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from turboquant_core import BitPlan, LayerShape, LayerTransforms, Visibility, rotation
+from turboquant_core import BitPlan, ExactCodec, LayerShape, LayerTransforms, Visibility, rotation
 from turboquant_server import cache_plan
 from turboquant_server.attention_check import ModelAttention, UnsupportedModelError
 from turboquant_server.cache_plan import LARGE_FOR_A_CPU, SAMPLE_TEXT, CachePlan, plan_cache
@@ -147,6 +147,37 @@ def test_a_large_model_elsewhere_gets_the_whole_sample(
 def test_the_text_fills_the_sample_of_a_tokenizer_of_long_words() -> None:
     # Even at 3.6 characters a token, more than English takes on average with any current tokenizer.
     assert len(SAMPLE_TEXT.read_text("utf-8")) > 4 * 1088 * 3.6
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kept"),
+    [
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16),
+        (torch.float32, torch.bfloat16),
+    ],
+)
+def test_a_cache_of_16_bits_has_the_models_type_if_that_has_16_bits_and_nothing_is_measured(
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    kept: torch.dtype,
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("something was measured")
+
+    for name in ("_sample", "measure_transforms", "plan_bits"):
+        monkeypatch.setattr(cache_plan, name, fail)
+    model: Any = SimpleNamespace(dtype=dtype)
+    plan = plan_cache(ServerConfig(kv_cache_dtype="bf16"), model, tiny_tokenizer, 2048)
+    assert (plan.bit_plan, plan.transforms) == (None, {})
+    dims = (64, 32), (8, 40)
+    codecs = [layer.codec for _, layer in sorted(plan.store_layers(attention_of(*dims)).items())]
+    for codec, (key_dim, value_dim) in zip(codecs, dims, strict=True):
+        assert isinstance(codec, ExactCodec) and codec.dtype == kept
+        keys, values = torch.randn(2, 1, 64, key_dim), torch.randn(2, 1, 64, value_dim)
+        for stored, states in zip(codec.decode(codec.encode(keys, values)), (keys, values), strict=True):
+            assert torch.equal(stored, states.to(kept).float())
 
 
 @pytest.mark.usefixtures("small_sample")

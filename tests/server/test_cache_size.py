@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from turboquant_core import CacheManager, LayerShape, StoreLayer, Visibility
 from turboquant_server.attention_check import ModelAttention
+from turboquant_server.cache_plan import CachePlan
 from turboquant_server.cache_size import TIMELINE, CacheSize, divide_memory, format_bytes
 from turboquant_server.config import ServerConfig
 from turboquant_server.load_error import ModelLoadError
@@ -143,14 +144,14 @@ def test_memory_for_less_than_the_slots_is_told() -> None:
     with pytest.raises(ModelLoadError) as caught:
         divide(MODELS["full"], 1000)
     assert str(caught.value) == (
-        "0.98 KiB are too few for a cache of even one request, whose uncompressed tokens alone take "
+        "0.98 KiB are too few for a cache of even one request, whose first and newest tokens alone take "
         f"{slot:.2f} KiB; give more memory"
     )
     with pytest.raises(ModelLoadError) as caught:
         divide(MODELS["full"], MIB, max_num_seqs=1000)
     assert str(caught.value) == (
-        "1.00 MiB are too few for a cache of 1,000 requests at a time, whose uncompressed tokens alone take "
-        f"{1000 * slot / 2**10:.2f} MiB; give more memory or a smaller --max-num-seqs"
+        "1.00 MiB are too few for a cache of 1,000 requests at a time, whose first and newest tokens alone "
+        f"take {1000 * slot / 2**10:.2f} MiB; give more memory or a smaller --max-num-seqs"
     )
 
 
@@ -160,6 +161,23 @@ def test_bits_and_bfloat16_are_counted_by_the_numbers_that_are_stored() -> None:
     assert size.bits_per_value == 4 * NUM_KV_HEADS * RECORD_BYTES * 8 / (64 * numbers_per_token)
     assert size.num_tokens == 64 * size.num_blocks[0] + 3 * 196
     assert size.num_bf16_tokens == size.num_bytes // (2 * numbers_per_token)
+
+
+@pytest.mark.parametrize(
+    ("dims", "bits"),
+    [((64, 32), 16.0), ((128, 128), 16.0), ((24, 16), 16 * (32 + 16) / (24 + 16)), ((8, 8), 32.0)],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_blocks_without_codes_take_16_bits_and_heads_are_padded_to_16_numbers(
+    dims: tuple[int, int], bits: float, dtype: torch.dtype
+) -> None:
+    attention = ModelAttention(True, False, {0: LayerShape(NUM_KV_HEADS, *dims)}, {0: FULL})
+    layers = CachePlan(16, 16, exact_dtype=dtype).store_layers(attention)
+    size = divide_memory(10 * MIB, attention, layers, dtype, 2048, ServerConfig(max_num_seqs=1))
+    assert size.bits_per_value == bits
+    assert size.block_bytes == (64 * NUM_KV_HEADS * sum(dims) * bits / 8,)
+    # What no block holds is not padded.
+    assert size.exact_bytes == 196 * NUM_KV_HEADS * sum(dims) * 2
 
 
 def test_states_take_the_same_beside_bfloat16() -> None:

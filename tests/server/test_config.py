@@ -19,7 +19,7 @@ def test_the_defaults_serve_the_demo_model_to_this_machine_only() -> None:
     config = ServerConfig()
     assert config.model is None
     assert (config.host, config.port, config.bits) == ("127.0.0.1", 8000, 4)
-    assert (config.kv_bits, config.kv_budget_bits) == (None, None)
+    assert (config.kv_cache_dtype, config.kv_bits, config.kv_budget_bits) == ("turboquant", None, None)
     assert (config.quantize, config.dtype, config.device, config.revision) == ("none", "auto", None, None)
     assert config.load_format == "auto"
     assert (config.max_model_len, config.served_model_name) == (None, ())
@@ -60,6 +60,7 @@ def test_a_variable_beats_the_default_and_an_argument_beats_the_variable(
         ("SERVED_MODEL_NAME", " a  b ", ("a", "b")),
         ("QUANTIZE", "int4", "int4"),
         ("BITS", "", 4),
+        ("KV_CACHE_DTYPE", "bf16", "bf16"),
         ("LOAD_FORMAT", "dummy", "dummy"),
         ("KV_BITS", "4,3", (4, 3)),
         ("KV_BITS", " 8 , 2 ", (8, 2)),
@@ -100,6 +101,7 @@ def test_variables_are_read_as_their_field_says(
         {"port": -1},
         {"port": 65536},
         {"quantize": "int3"},
+        {"kv_cache_dtype": "bfloat16"},
         {"load_format": "none"},
         {"dtype": "float8"},
         {"max_model_len": 0},
@@ -223,6 +225,25 @@ def test_a_choice_is_one_even_where_it_is_the_default(monkeypatch: pytest.Monkey
     monkeypatch.setenv("TURBOQUANT_BITS", "4")
     with pytest.raises(ValidationError, match="choose one of --bits and --kv-bits"):
         ServerConfig(kv_bits="4,4")
+
+
+@pytest.mark.parametrize(("name", "text"), CHOICES[0].items())
+def test_bits_are_for_a_compressed_cache(monkeypatch: pytest.MonkeyPatch, name: str, text: str) -> None:
+    flag = "--" + name.replace("_", "-")
+    assert ServerConfig(kv_cache_dtype="turboquant", **{name: text}).kv_cache_dtype == "turboquant"
+    with pytest.raises(ValidationError) as by_arguments:
+        ServerConfig(kv_cache_dtype="bf16", **{name: text})
+    monkeypatch.setenv(f"TURBOQUANT_{name.upper()}", text)
+    with pytest.raises(ValidationError) as by_either:
+        ServerConfig(kv_cache_dtype="bf16")
+    for caught in (by_arguments, by_either):
+        (finding,) = caught.value.errors()
+        assert finding["msg"] == f"choose one of {flag} and --kv-cache-dtype bf16"
+
+
+def test_a_cache_of_16_bits_needs_no_bits() -> None:
+    config = ServerConfig(kv_cache_dtype="bf16", kv_bits=None, kv_budget_bits=None)
+    assert config.kv_cache_dtype == "bf16"
 
 
 def test_nothing_is_no_choice() -> None:

@@ -210,7 +210,7 @@ def test_heads_that_are_too_small_are_refused_in_one_sentence(save_model: SaveMo
     with pytest.raises(ModelLoadError) as caught, loaded(path):
         pass
     assert str(caught.value) == (
-        f"{path} cannot be served with a compressed KV cache: its heads are too small (dim must be at least "
+        f"{path} cannot be served with a turboquant KV cache: its heads are too small (dim must be at least "
         "16, got 8); choose another --model"
     )
 
@@ -222,7 +222,7 @@ def test_a_model_that_cannot_use_the_cache_is_refused_in_one_sentence(
     with pytest.raises(ModelLoadError) as caught, loaded(path, max_model_len=200):
         pass
     assert str(caught.value) == (
-        f"{path} cannot be served with a compressed KV cache: it gives nothing to its cache; "
+        f"{path} cannot be served with a turboquant KV cache: it gives nothing to its cache; "
         "choose another --model"
     )
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
+import torch
 from transformers import PreTrainedModel
 
 from turboquant_core import BitPlan, Visibility
@@ -24,6 +26,10 @@ SIZE = CacheSize(
     bf16_block_bytes=(64 * 512 * 2,),
 )
 NUM_TOKENS = 100 * 64 + 10 * 196
+
+
+# Without codes, of a model in 16 bits.
+EXACT_SIZE = dataclasses.replace(SIZE, exact_bytes=196 * 512 * 2, block_bytes=(64 * 512 * 2,))
 
 
 def report(model: PreTrainedModel, plan: CachePlan, size: CacheSize = SIZE, **weights: str) -> list[str]:
@@ -68,6 +74,31 @@ def test_a_plan_is_told_layer_by_layer_in_order(tiny_model: PreTrainedModel) -> 
     assert lines[3].startswith("KV cache      codes of 2 to 8 bits by layer, 4.385 bits per value; ")
     assert lines[4:6] == ["  key bits    8 4 2", "  value bits  2 3 8  (layers in order)"]
     assert all(line[14] != " " and line[13] == " " for line in lines)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cache_in_the_models_type_claims_no_compression(
+    tiny_model: PreTrainedModel, dtype: torch.dtype
+) -> None:
+    name = str(dtype).removeprefix("torch.")
+    lines = report(copy.deepcopy(tiny_model).to(dtype), CachePlan(16, 16, exact_dtype=dtype), EXACT_SIZE)
+    assert lines[0].endswith(f" {name} on cpu)")
+    assert lines[3:5] == [
+        f"KV cache   {name}, not compressed, 16.000 bits per value",
+        f"memory     {NUM_TOKENS * 512 * 2 / 2**20:.2f} MiB for {NUM_TOKENS:,} tokens",
+    ]
+    assert len(lines) == 6
+
+
+def test_a_model_in_float32_is_told_that_its_cache_is_rounded(tiny_model: PreTrainedModel) -> None:
+    size = dataclasses.replace(EXACT_SIZE, exact_bytes=SIZE.exact_bytes)
+    lines = report(tiny_model, CachePlan(16, 16, exact_dtype=torch.bfloat16), size)
+    num_bytes = 10 * 196 * 512 * 4 + 100 * 64 * 512 * 2
+    assert lines[3:5] == [
+        "KV cache   float32 rounded to bfloat16, 16.000 bits per value; a request's first 4 and newest 128 "
+        "tokens stay float32",
+        f"memory     {num_bytes / 2**20:.2f} MiB for {NUM_TOKENS:,} tokens",
+    ]
 
 
 @pytest.mark.parametrize(

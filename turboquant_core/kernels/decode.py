@@ -33,6 +33,9 @@ def decode(
 
     Returns:
         None, and nothing is kept, if only the reference attends to such blocks.
+
+    Raises:
+        RuntimeError: There may be rows without a request, which only the CUDA kernel knows.
     """
     keys, values = exact
     shape = DecodeShape(
@@ -48,8 +51,8 @@ def decode(
     kernel = cuda_decode(shape, queries.device) if queries.dtype == keys.dtype else None
     if kernel is not None:
         return kernel(queries, new, exact, records, tables, codec, options)
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("a layer's attention has no CUDA kernel")
+    if tables.has_free_rows:
+        raise RuntimeError("the attention of a layer has no CUDA kernel")
     if isinstance(codec, ExactCodec):
         return None
     if new is not None:

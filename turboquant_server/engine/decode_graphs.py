@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,25 +33,6 @@ logger = logging.getLogger(__name__)
 Forward = Callable[[Tensor, Tensor], Tensor]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Graph:
-    """A captured forward and the memory that it reads and writes.
-
-    Attributes:
-        graph: Replays the forward.
-        input_ids: int64 ``[num_rows, 1]``.
-        position_ids: Likewise.
-        tables: For each group of layers.
-        logits: ``[num_rows, vocab_size]``.
-    """
-
-    graph: torch.cuda.CUDAGraph
-    input_ids: Tensor
-    position_ids: Tensor
-    tables: list[DecodeTables]
-    logits: Tensor
-
-
 class DecodeGraphs:
     """Run decode steps as graphs.
 
@@ -67,11 +49,21 @@ class DecodeGraphs:
     def __init__(self, forward: Forward, store: PagedStore, max_batch: int, max_model_len: int) -> None:
         self._forward = forward
         self._store = store
-        self._max_blocks = store.timeline.num_blocks(max_model_len, max_model_len)
-        self._pool = torch.cuda.graph_pool_handle()
-        # The largest first: the others fit into its memory.
         self._sizes = batch_sizes(max_batch)
-        self._graphs = {size: self._capture(size) for size in self._sizes[::-1]}
+        # All graphs read the first rows of these.
+        self._input_ids, self._position_ids = torch.zeros(
+            2, max_batch, 1, dtype=torch.int64, device=store.device
+        )
+        max_blocks = store.timeline.num_blocks(max_model_len, max_model_len)
+        self._tables = [
+            _own_memory(self._make_tables([], group, max_batch), max_blocks)
+            for group in range(len(store.visibilities))
+        ]
+        # One pool, and one stream, for each of which libraries keep memory.
+        pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(store.device)
+        self._logits: Tensor | None = None
+        # The largest first: the others fit into its memory.
+        self._graphs = {size: self._capture(size, pool, stream) for size in self._sizes[::-1]}
 
     def run(self, token_ids: Sequence[int], chunks: Sequence[Chunk]) -> Tensor:
         """Compute a step.
@@ -84,53 +76,51 @@ class DecodeGraphs:
             Logits ``[batch, vocab_size]``, which the next step overwrites.
         """
         size = next(size for size in self._sizes if size >= len(chunks))
-        graph = self._graphs[size]
         rest = [0] * (size - len(chunks))
         inputs = torch.tensor([[*token_ids, *rest], [*(chunk.start for chunk in chunks), *rest]])
         input_ids, position_ids = inputs.pin_memory().to(self._store.device, non_blocking=True)
-        graph.input_ids.copy_(input_ids[:, None])
-        graph.position_ids.copy_(position_ids[:, None])
-        for group, held in enumerate(graph.tables):
-            _copy(self._tables(chunks, group, size), held)
-        graph.graph.replay()
-        for group in range(len(graph.tables)):
+        self._input_ids[:size].copy_(input_ids[:, None])
+        self._position_ids[:size].copy_(position_ids[:, None])
+        for group, held in enumerate(self._tables):
+            for name, new in _tensors(self._make_tables(chunks, group, size)):
+                old: Tensor = getattr(held, name)[: len(new)]
+                (old[:, : new.shape[1]] if new.dim() == 2 else old).copy_(new)
+        self._graphs[size].replay()
+        for group in range(len(self._tables)):
             due = due_blocks(chunks, group, self._store.timeline)
             if due:
                 self._store.make_due_blocks(group, due)
-        return graph.logits[: len(chunks)]
+        assert self._logits is not None
+        return self._logits[: len(chunks)]
 
-    def _tables(self, chunks: Sequence[Chunk], group: int, num_rows: int) -> DecodeTables:
+    def _make_tables(self, chunks: Sequence[Chunk], group: int, num_rows: int) -> DecodeTables:
         store = self._store
         return make_decode_tables(
             chunks, group, store.visibilities[group], store.timeline, store.device, num_rows=num_rows
         )
 
-    def _capture(self, num_rows: int) -> _Graph:
-        device = self._store.device
-        input_ids, position_ids = torch.zeros(2, num_rows, 1, dtype=torch.int64, device=device)
-        tables = []
-        for group in range(len(self._store.visibilities)):
-            empty = self._tables([], group, num_rows)
-            blocks = torch.zeros(num_rows, self._max_blocks, dtype=torch.int32, device=device)
-            copies = {field.name: getattr(empty, field.name).clone() for field in dataclasses.fields(empty)}
-            tables.append(DecodeTables(**copies | {"block_tables": blocks}))
-        plans = [DecodePlan.of_tables(each) for each in tables]
-        graph = torch.cuda.CUDAGraph()
+    def _capture(self, num_rows: int, pool: Any, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
+        plans = [DecodePlan.of_tables(_first_rows(tables, num_rows)) for tables in self._tables]
 
         def forward() -> Tensor:
             with forward_context(DecodeAttention(self._store, plans)):
-                return self._forward(input_ids, position_ids)
+                return self._forward(self._input_ids[:num_rows], self._position_ids[:num_rows])
 
         # Kernels are compiled, and libraries take their memory, before anything is captured.
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
+        current = torch.cuda.current_stream(self._store.device)
+        stream.wait_stream(current)
         with torch.cuda.stream(stream):
             for _ in range(2):
                 forward()
-        torch.cuda.current_stream(device).wait_stream(stream)
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+        current.wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
             logits = forward()
-        return _Graph(graph, input_ids, position_ids, tables, logits)
+            if self._logits is None:
+                self._logits = logits
+            else:
+                self._logits[:num_rows].copy_(logits)
+        return graph
 
 
 def batch_sizes(max_batch: int) -> list[int]:
@@ -139,9 +129,17 @@ def batch_sizes(max_batch: int) -> list[int]:
     return [*sorted(size for size in sizes if size < max_batch), max_batch]
 
 
-def _copy(tables: DecodeTables, held: DecodeTables) -> None:
-    for field in dataclasses.fields(tables):
-        new, old = getattr(tables, field.name), getattr(held, field.name)
-        if field.name == "block_tables":
-            old = old[: len(new), : new.shape[1]]
-        old.copy_(new)
+def _tensors(tables: DecodeTables) -> list[tuple[str, Tensor]]:
+    return [(name, value) for name, value in vars(tables).items() if isinstance(value, Tensor)]
+
+
+def _own_memory(tables: DecodeTables, max_blocks: int) -> DecodeTables:
+    """Return tables in memory that stays where it is, of so many blocks of each request."""
+    copies: dict[str, Any] = {name: tensor.clone() for name, tensor in _tensors(tables)}
+    block_tables = tables.slots.new_zeros(len(tables.slots), max_blocks)
+    return dataclasses.replace(tables, **copies | {"block_tables": block_tables})
+
+
+def _first_rows(tables: DecodeTables, num_rows: int) -> DecodeTables:
+    first: dict[str, Any] = {name: tensor[:num_rows] for name, tensor in _tensors(tables)}
+    return dataclasses.replace(tables, **first | {"item_starts": tables.item_starts[: num_rows + 1]})
