@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from turboquant_core.config import BLOCK_SIZE
-from turboquant_core.record_codes import KEYS, RECORD_ORDER, VALUES, permute, tile_axes, to_bytes
+from turboquant_core.config import BLOCK_SIZE, MEAN_SIZE
+from turboquant_core.record_codes import KEYS, RECORD_ORDER, TILE, VALUES, permute, tile_axes, to_bytes
 
-_TILE = 16
-_NUM_HALVES = 2
+_NUM_HALVES = BLOCK_SIZE // MEAN_SIZE
 
 
 class ExactCodec:
@@ -36,11 +35,9 @@ class ExactCodec:
     def __init__(self, key_dim: int, value_dim: int, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self._dims = (key_dim, value_dim)
-        self._num_tiles = [-(-dim // _TILE) for dim in self._dims]
+        self._num_tiles = [-(-dim // TILE) for dim in self._dims]
         # Of half a record.
-        self._sizes = [
-            BLOCK_SIZE // _NUM_HALVES * _TILE * count * dtype.itemsize for count in self._num_tiles
-        ]
+        self._sizes = [MEAN_SIZE * TILE * count * dtype.itemsize for count in self._num_tiles]
         self.record_bytes = _NUM_HALVES * sum(self._sizes)
 
     def encode(self, keys: Tensor, values: Tensor) -> Tensor:
@@ -60,7 +57,7 @@ class ExactCodec:
     def _to_tiles(self, states: Tensor, kind: int) -> Tensor:
         """Return the bytes of keys or values, ``[..., 2, num_bytes]``."""
         num_tiles = self._num_tiles[kind]
-        states = pad(states.to(self.dtype), (0, _TILE * num_tiles - states.shape[-1]))
+        states = pad(states.to(self.dtype), (0, TILE * num_tiles - states.shape[-1]))
         leading = states.shape[:-2]
         tiles = (states.mT if kind == VALUES else states).flatten()
         tiles = tiles.view(leading.numel(), *tile_axes(kind, num_tiles), 4)
@@ -73,7 +70,7 @@ class ExactCodec:
         leading = data.shape[:-2]
         tiles = data.flatten().view(self.dtype).view(leading.numel(), *(axes[axis] for axis in order), 4)
         back = [*(order.index(axis) for axis in range(len(order))), len(order)]
-        shape = (BLOCK_SIZE, _TILE * self._num_tiles[kind])
+        shape = (BLOCK_SIZE, TILE * self._num_tiles[kind])
         states = permute(tiles, back).reshape(*leading, *(shape[::-1] if kind == VALUES else shape))
         return (states.mT if kind == VALUES else states)[..., : self._dims[kind]]
 

@@ -13,7 +13,7 @@ from turboquant_core.table import take_rows
 
 KEYS, VALUES = 0, 1
 
-_TILE = 16
+TILE = 16
 _NUM_LANES = 32
 
 # Codes move in quads, the four of one tile, lane and r. Below 8 bits a quad is a halfword that has magnitude
@@ -51,10 +51,10 @@ class CodeLayout:
     """Say where the codes of keys, or of values, lie in the two halves of a record."""
 
     def __init__(self, dim: int, bits: int, kind: int) -> None:
-        num_tile_cols = -(-dim // _TILE)
+        num_tile_cols = -(-dim // TILE)
         num_tiles = 2 * num_tile_cols
         self.dim = dim
-        self.padded_dim = _TILE * num_tile_cols
+        self.padded_dim = TILE * num_tile_cols
         self._bits = bits
         self._num_tiles = num_tiles
         self._is_transposed = kind == VALUES

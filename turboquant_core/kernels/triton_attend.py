@@ -52,7 +52,7 @@ def _attend_blocks(
     """Return maxima, denominators and sums over some blocks: as `_attend_exact`, of stored values."""
     KEY_TILES: tl.constexpr = (KEY_DIM + 15) // 16  # beside each other
     VALUE_TILES: tl.constexpr = (VALUE_DIM + 15) // 16
-    HALF_BYTES: tl.constexpr = STARTS[6]
+    HALF_BYTES: tl.constexpr = STARTS[7]
     row = tl.arange(0, ROWS)
     key_col = tl.arange(0, KEY_COLS)
     value_col = tl.arange(0, VALUE_COLS)

@@ -8,7 +8,6 @@ have the order of `triton_store.spread`.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from triton import language as tl
 
 from turboquant_core.block_codec import BlockCodec
 from turboquant_core.block_quantizer import TRIAL_LENGTHS, BlockQuantizer
+from turboquant_core.kernels.triton_places import starts_of
 from turboquant_core.kernels.triton_quantize import constants, magnitudes_of, scale_factor, search
 from turboquant_core.kernels.triton_store import (
     byte_bits,
@@ -29,7 +29,7 @@ from turboquant_core.kernels.triton_store import (
     store_norms,
 )
 from turboquant_core.kernels.triton_transform import matrix_parts, sizes, transformed
-from turboquant_core.record import KEYS, VALUES, RecordLayout
+from turboquant_core.record import KEYS, VALUES
 
 # An int8 is the lowest byte of a number, rounded to even, plus this.
 _ROUNDER = tl.constexpr(1.5 * 2**23)
@@ -97,7 +97,9 @@ def encode_blocks(
             VALUE_BOUNDARIES=value_constants.boundaries,
             VALUE_DIGITS=value_constants.digits,
             LENGTHS=TRIAL_LENGTHS,
-            STARTS=_starts(key_quantizer.dim, key_quantizer.bits, value_quantizer.dim, value_quantizer.bits),
+            STARTS=starts_of(
+                key_quantizer.dim, key_quantizer.bits, value_quantizer.dim, value_quantizer.bits
+            ),
             # With 8 warps, numbers of a small head come out wrong on a GPU (3 bits of 64 values, triton 3.6).
             num_warps=8 if min(key_quantizer.dim, value_quantizer.dim) > 128 else 4,
             num_stages=2,
@@ -107,13 +109,6 @@ def encode_blocks(
 def _settings(quantizer: BlockQuantizer) -> tuple[Any, ...]:
     length, *_, zeros_energy = constants(quantizer.dim, quantizer.bits)
     return *sizes(quantizer.dim), quantizer.bits, quantizer.scale, length, zeros_energy
-
-
-@functools.lru_cache(maxsize=64)
-def _starts(key_dim: int, key_bits: int, value_dim: int, value_bits: int) -> tuple[int, ...]:
-    """Return where in half a record its fields start, where the last ends, and its size."""
-    layout = RecordLayout(key_dim, key_bits, value_dim, value_bits)
-    return (*layout.starts, layout.record_bytes // 2)
 
 
 @triton.jit

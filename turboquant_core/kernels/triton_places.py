@@ -1,6 +1,6 @@
 """Where a record has what belongs to which token and dimension, in Triton: `record.py` says so.
 
-`STARTS` are those of its fields in half a record, and then the size of the half, in bytes.
+`STARTS` are those of its fields in half a record, then where the last ends, and the size of the half: bytes.
 """
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 # (kernels, which Triton types)
@@ -17,9 +17,9 @@ from turboquant_core.record import RecordLayout
 
 @functools.lru_cache(maxsize=64)
 def starts_of(key_dim: int, key_bits: int, value_dim: int, value_bits: int) -> tuple[int, ...]:
-    """Return where in half a record its fields start, and its size."""
+    """Return where in half a record its fields start, where the last ends, and its size."""
     layout = RecordLayout(key_dim, key_bits, value_dim, value_bits)
-    return (*layout.starts[:-1], layout.record_bytes // 2)
+    return (*layout.starts, layout.record_bytes // 2)
 
 
 @triton.jit
@@ -33,7 +33,7 @@ def key_words(DIM: tl.constexpr, COLS: tl.constexpr, STARTS: tl.constexpr):
     word = tl.arange(0, COLS // 4)[None, :]
     tile = row // 8 % 2 * TILES + word // 4
     lane = row % 8 * 4 + word % 4
-    offsets = row // 16 * (STARTS[6] // 4) + STARTS[0] // 4
+    offsets = row // 16 * (STARTS[7] // 4) + STARTS[0] // 4
     return tile, lane, offsets, (word // 4 < TILES) & (row >= 0)
 
 
@@ -45,7 +45,7 @@ def value_words(DIM: tl.constexpr, COLS: tl.constexpr, STARTS: tl.constexpr):
     word = tl.arange(0, 16)[None, :]
     tile = row // 8 * 2 + word // 4 % 2
     lane = row % 8 * 4 + word % 4
-    offsets = word // 8 * (STARTS[6] // 4) + STARTS[1] // 4
+    offsets = word // 8 * (STARTS[7] // 4) + STARTS[1] // 4
     return tile, lane, offsets, (row // 8 < TILES) & (word >= 0)
 
 
@@ -54,7 +54,7 @@ def norm_places_of(token, STARTS: tl.constexpr):
     """Return the halfwords of norms of keys; those of values are two further on."""
     in_tile = token % 16
     places = (in_tile // 4 * 4 + in_tile % 2 * 2 + token // 16 % 2) * 4 + in_tile // 2 % 2
-    return places + token // 32 * (STARTS[6] // 2) + STARTS[2] // 2
+    return places + token // 32 * (STARTS[7] // 2) + STARTS[2] // 2
 
 
 @triton.jit

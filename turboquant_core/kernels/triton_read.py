@@ -100,7 +100,7 @@ def _read(
 ):
     block = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
-    HALF_BYTES: tl.constexpr = STARTS[6]
+    HALF_BYTES: tl.constexpr = STARTS[7]
     record = (tl.load(block_ids + block).to(tl.int64) * tl.num_programs(1) + head) * (2 * HALF_BYTES)
     words += record // 4
     halves += record // 2

@@ -9,7 +9,6 @@ copies its own there first; rows that a batch leaves free hold no request. Knows
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,8 +25,6 @@ from turboquant_core import (
     forward_context,
     make_decode_tables,
 )
-
-logger = logging.getLogger(__name__)
 
 # Takes input_ids and position_ids, [num_rows, 1], and returns logits, [num_rows, vocab_size].
 Forward = Callable[[Tensor, Tensor], Tensor]
