@@ -11,7 +11,7 @@ from torch import Tensor
 from turboquant_core import KEY_SCALE, VALUE_SCALE, BlockCodec, BlockQuantizer, ExactCodec, Timeline
 from turboquant_core.kernels.decode import decode
 from turboquant_core.reference import AttentionOptions, Codec
-from turboquant_core.step_plan import DecodeTables
+from turboquant_core.step_plan import DecodeTables, decode_work
 
 TIMELINE = Timeline()
 MEAN_RESIDUAL = 160  # of 128 to 191 exact tokens
@@ -114,8 +114,6 @@ def make_step(shape: Shape, seed: int) -> Step:
     def integers(numbers: list[int]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.int32, device=device)
 
-    num_tiles = -(-TIMELINE.num_exact // 16)
-
     def heads(*sizes: int) -> tuple[Tensor, Tensor]:
         return draw(*sizes, shape.dim).bfloat16(), draw(*sizes, shape.dim).bfloat16()
 
@@ -134,7 +132,7 @@ def make_step(shape: Shape, seed: int) -> Step:
             block_tables=block_tables,
             block_starts=integers([TIMELINE.num_sinks] * shape.batch),
             num_blocks=integers(counts),
-            item_starts=integers([0, *accumulate(num_tiles + 2 * count for count in counts)]),
+            work_starts=integers([0, *accumulate(decode_work(count, TIMELINE) for count in counts)]),
             has_free_rows=False,
         ),
     )

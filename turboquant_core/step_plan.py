@@ -73,6 +73,15 @@ def _existing(block_id: int | None) -> int:
     return block_id
 
 
+# How long a tile of exact tokens takes, and half a block: measured on an H200 at 4 bits.
+TILE_WORK, HALF_WORK = 3, 2
+
+
+def decode_work(num_blocks: int, timeline: Timeline) -> int:
+    """Return the work on a new token's attention in one kv head: on tiles of 16 places of its slot, and blocks."""
+    return TILE_WORK * -(-timeline.num_exact // 16) + 2 * HALF_WORK * num_blocks
+
+
 @dataclass(frozen=True)
 class DecodeTables:
     """One new token for each of several requests, as one group of layers sees it; int32, on the device.
@@ -86,8 +95,7 @@ class DecodeTables:
         block_tables: ``[batch, max_blocks]``, ids of the blocks it sees, from the first with a visible token.
         block_starts: ``[batch]``, position of the first token of the first of them.
         num_blocks: ``[batch]``, how many; the rest of the row is undefined.
-        item_starts: ``[batch + 1]``, counts the pieces that a request's tokens are divided into, those of all
-            requests before it: for every kv head tiles of 16 places of its slot, then halves of its blocks.
+        work_starts: ``[batch + 1]``, `decode_work` of a kv head of all requests before each.
         has_free_rows: Whether there may be rows without a request.
     """
 
@@ -98,7 +106,7 @@ class DecodeTables:
     block_tables: Tensor
     block_starts: Tensor
     num_blocks: Tensor
-    item_starts: Tensor
+    work_starts: Tensor
     has_free_rows: bool
 
 
@@ -212,8 +220,7 @@ def make_decode_tables(
     num_added = (num_rows or len(chunks)) - len(chunks)
     ranges = [visible_blocks(chunk, group, visibility, timeline) for chunk in chunks]
     max_blocks = max((len(blocks.ids) for blocks in ranges), default=0)
-    num_tiles = -(-timeline.num_exact // 16)
-    starts = [0, *itertools.accumulate(num_tiles + 2 * len(blocks.ids) for blocks in ranges)]
+    starts = [0, *itertools.accumulate(decode_work(len(blocks.ids), timeline) for blocks in ranges)]
     columns = [
         [chunk.cache.slot for chunk in chunks] + [-1] * num_added,
         [chunk.start for chunk in chunks] + [0] * num_added,
@@ -233,7 +240,7 @@ def make_decode_tables(
     if device.type == "cuda":
         numbers = numbers.pin_memory()
     sizes = [len(column) for column in columns]
-    slots, positions, exact_starts, first_visible, block_starts, num_blocks, item_starts, ids = torch.split(
+    slots, positions, exact_starts, first_visible, block_starts, num_blocks, work_starts, ids = torch.split(
         numbers.to(device, non_blocking=True), sizes
     )
     return DecodeTables(
@@ -244,7 +251,7 @@ def make_decode_tables(
         block_tables=ids.view(len(chunks), max_blocks),
         block_starts=block_starts,
         num_blocks=num_blocks,
-        item_starts=item_starts,
+        work_starts=work_starts,
         has_free_rows=num_rows is not None,
     )
 

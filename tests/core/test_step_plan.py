@@ -10,6 +10,7 @@ from turboquant_core.request_cache import CacheManager, RequestCache, Visibility
 from turboquant_core.step_plan import (
     Chunk,
     DecodePlan,
+    decode_work,
     make_decode_tables,
     new_blocks,
     plan_decode,
@@ -190,9 +191,10 @@ def test_tables_may_have_rows_without_a_request() -> None:
     padded = make_decode_tables(chunks, 0, Visibility(), timeline, CPU, num_rows=5)
     assert padded.slots.tolist() == [*tables.slots.tolist(), -1, -1, -1]
     assert padded.num_blocks.tolist() == [*tables.num_blocks.tolist(), 0, 0, 0]
-    ends = tables.item_starts.tolist()
-    assert ends == [0, 13 + 2 * int(tables.num_blocks[0]), 26 + 2 * int(tables.num_blocks.sum())]
-    assert padded.item_starts.tolist() == [*ends, ends[-1], ends[-1], ends[-1]]
+    ends = tables.work_starts.tolist()
+    first, second = (decode_work(int(count), timeline) for count in tables.num_blocks)
+    assert ends == [0, first, first + second]
+    assert padded.work_starts.tolist() == [*ends, ends[-1], ends[-1], ends[-1]]
     assert torch.equal(padded.block_tables, tables.block_tables)
     alone = make_decode_tables([], 0, Visibility(), timeline, CPU, num_rows=2)
-    assert (alone.slots.tolist(), alone.item_starts.tolist()) == ([-1, -1], [0, 0, 0])
+    assert (alone.slots.tolist(), alone.work_starts.tolist()) == ([-1, -1], [0, 0, 0])

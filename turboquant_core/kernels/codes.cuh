@@ -1,6 +1,21 @@
 // Codes of keys and values to float16, in the order of tensor cores: see record.py. 16 bits are numbers of the
 // exact tokens' type, see exact_codec.py.
 
+// Words of this lane: lanes have four in turn, and what is left of four in the end.
+template <int COUNT>
+DEVICE void load_words(u32 (&words)[COUNT], u32 address, int lane) {
+  constexpr int REST = COUNT % 4, FOURS = COUNT - REST;
+#pragma unroll
+  for (int i = 0; i < FOURS; i += 4) {
+    u32 four[4];
+    load_row(four, address + i * 128 + lane * 16);
+#pragma unroll
+    for (int j = 0; j < 4; j++) words[i + j] = four[j];
+  }
+#pragma unroll
+  for (int i = 0; i < REST; i++) words[FOURS + i] = load_word(address + FOURS * 128 + (lane * REST + i) * 4);
+}
+
 // The A operand of tile `tile`, from the words of its codes.
 template <int BITS, int NUM_TILES, u32 LEVELS_LOW, u32 LEVELS_HIGH>
 struct Codes {
@@ -11,15 +26,16 @@ struct Codes {
   static constexpr int PLANE = BITS == 16 ? 4 * NUM_TILES : BITS == 8 ? 2 * NUM_TILES : BITS == 4 ? NUM_TILES : NUM_TILES / 2;
   static constexpr int SIGNS = BITS == 3 ? (NUM_TILES + 3) / 4 : 0;
 
-  // Word i of a plane of N words, for this lane.
-  template <int N>
-  static DEVICE u32 word(const u8* plane, int lane, int i) {
-    const int rest = N % 4, full = N - rest;
-    if (i >= full) return *(const u32*)(plane + full * 128 + lane * rest * 4 + (i - full) * 4);
-    const uint4 v = *(const uint4*)(plane + i / 4 * 512 + lane * 16);  // the same load for four words
-    return i % 4 == 0 ? v.x : i % 4 == 1 ? v.y : i % 4 == 2 ? v.z : v.w;
-  }
-  static DEVICE void bytes_to_halves(u32 bytes, u32& low, u32& high) {  // of e4m3
+  // The words of this lane.
+  struct Words {
+    u32 plane[BITS == 16 ? 1 : PLANE], signs[SIGNS ? SIGNS : 1];
+    DEVICE void load(u32 codes, int lane) {
+      if (BITS == 16) return;
+      load_words(plane, codes, lane);
+      if (SIGNS) load_words(signs, codes + PLANE * 128, lane);
+    }
+  };
+  static DEVICE void e4m3_to_halves(u32 bytes, u32& low, u32& high) {
 #if __CUDA_ARCH__ >= 890
     asm("{.reg .b16 x,y; mov.b32 {x,y},%2; cvt.rn.f16x2.e4m3x2 %0,x; cvt.rn.f16x2.e4m3x2 %1,y;}"
         : "=r"(low), "=r"(high) : "r"(bytes));
@@ -29,43 +45,51 @@ struct Codes {
     high = (odd & 0x80008000u) | (((odd & 0x7F007F00u) >> 1) + 0x20002000u);
 #endif
   }
+  // Bytes 0, 1 and 2, 3, or those that FIRST and SECOND name.
+  template <u32 FIRST = 0x4140, u32 SECOND = 0x4342>
   static DEVICE void int8_to_halves(u32 bytes, u32& low, u32& high) {
     const u32 offset = bytes ^ 0x80808080u;  // 1024 + 128 + x as a float16
-    u32 l = permute(offset, 0x64646464u, 0x4140), h = permute(offset, 0x64646464u, 0x4342);
+    u32 l = permute(offset, 0x64646464u, FIRST), h = permute(offset, 0x64646464u, SECOND);
     asm("sub.rn.f16x2 %0,%1,%2;" : "=r"(low) : "r"(l), "r"(0x64806480u));
     asm("sub.rn.f16x2 %0,%1,%2;" : "=r"(high) : "r"(h), "r"(0x64806480u));
   }
-  DEVICE void tile(const u8* codes, int lane, int tile, u32 (&a)[4]) const {
-    if (BITS == 16) {
-      const uint4 v = *(const uint4*)(codes + tile * 512 + lane * 16);
-      a[0] = v.x;
-      a[1] = v.z;
-      a[2] = v.y;
-      a[3] = v.w;
-      return;
-    }
+  // Of 16 bits, which come from memory when they are needed: there are many.
+  static DEVICE void tile(u32 numbers, int lane, int tile, u32 (&a)[4]) {
+    const uint4 v = load_four(numbers + tile * 512 + lane * 16);
+    a[0] = v.x;
+    a[1] = v.z;
+    a[2] = v.y;
+    a[3] = v.w;
+  }
+  // Bytes of levels, for rows r = 0 and r = 1; of 8 bits the codes themselves.
+  DEVICE void bytes(const Words& words, int tile, u32& first, u32& second) const {
     if (BITS == 8) {
-      int8_to_halves(word<PLANE>(codes, lane, 2 * tile), a[0], a[2]);
-      int8_to_halves(word<PLANE>(codes, lane, 2 * tile + 1), a[1], a[3]);
-      return;
-    }
-    u32 first, second;  // e4m3 bytes of r = 0, r = 1
-    if (BITS == 4) {
-      const u32 w = word<PLANE>(codes, lane, tile), magnitudes = w & 0x77777777u;
+      first = words.plane[2 * tile];
+      second = words.plane[2 * tile + 1];
+    } else if (BITS == 4) {
+      const u32 w = words.plane[tile], magnitudes = w & 0x77777777u;
       first = permute(low, LEVELS_HIGH, magnitudes) ^ (w & 0x80808080u);
-      second = permute(low, LEVELS_HIGH, magnitudes >> 16) ^ ((w << 4) & 0x80808080u);
+      second = permute(low, LEVELS_HIGH, upper_half(magnitudes)) ^ ((w << 4) & 0x80808080u);
     } else {
-      u32 selector = (word<PLANE>(codes, lane, tile / 2) >> (2 * (tile % 2))) & 0x33333333u;
-      constexpr u32 NEGATIVE = BITS == 3 ? LEVELS_LOW | 0x80808080u : 0;
+      u32 selector = (words.plane[tile / 2] >> (2 * (tile % 2))) & 0x33333333u;
       if (BITS == 3) {
-        const u32 signs = word<SIGNS>(codes + PLANE * 128, lane, tile / 4);
+        const u32 signs = words.signs[tile / 4];
         const int shift = tile % 4 - 2;
         selector |= (shift < 0 ? signs << -shift : signs >> shift) & 0x44444444u;
       }
-      first = permute(low, NEGATIVE, selector);
-      second = permute(low, NEGATIVE, selector >> 16);
+      first = permute(low, LEVELS_HIGH, selector);
+      second = permute(low, LEVELS_HIGH, upper_half(selector));
     }
-    bytes_to_halves(first, a[0], a[2]);
-    bytes_to_halves(second, a[1], a[3]);
+  }
+  DEVICE void tile(const Words& words, int tile, u32 (&a)[4]) const {
+    u32 first, second;
+    bytes(words, tile, first, second);
+    if (BITS == 8) {
+      int8_to_halves(first, a[0], a[2]);
+      int8_to_halves(second, a[1], a[3]);
+    } else {
+      e4m3_to_halves(first, a[0], a[2]);
+      e4m3_to_halves(second, a[1], a[3]);
+    }
   }
 };

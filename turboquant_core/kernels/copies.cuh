@@ -1,24 +1,18 @@
-// Copies of HALF_BYTES to shared memory that go on while other warps work, and barriers that tell when they are done.
+// Shared memory, by 32-bit addresses: copies to it of HALF_BYTES that go on while warps work, barriers that tell
+// when they are done, and what reads it.
 
-DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-DEVICE void init_barrier(u64* barrier, int count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0],%1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+DEVICE void init_barrier(u32 barrier, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0],%1;" ::"r"(barrier), "r"(count) : "memory");
 }
-DEVICE void arrive(u64* barrier) {
-  asm volatile("{.reg .b64 state; mbarrier.arrive.shared::cta.b64 state,[%0];}" ::"r"(shared_address(barrier)) : "memory");
-}
-DEVICE void wait(u64* barrier, u32 parity) {
+DEVICE void wait(u32 barrier, u32 parity) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
-      "{.reg .pred p; L_%=: mbarrier.try_wait.parity.shared::cta.b64 p,[%0],%1; @!p bra L_%=;}" ::"r"(
-          shared_address(barrier)),
+      "{.reg .pred p; L_%=: mbarrier.try_wait.parity.shared::cta.b64 p,[%0],%1; @!p bra L_%=;}" ::"r"(barrier),
       "r"(parity)
       : "memory");
 #else
   asm volatile(
-      "{.reg .pred p; L_%=: mbarrier.test_wait.parity.shared::cta.b64 p,[%0],%1; @!p bra L_%=;}" ::"r"(
-          shared_address(barrier)),
+      "{.reg .pred p; L_%=: mbarrier.test_wait.parity.shared::cta.b64 p,[%0],%1; @!p bra L_%=;}" ::"r"(barrier),
       "r"(parity)
       : "memory");
 #endif
@@ -26,23 +20,61 @@ DEVICE void wait(u64* barrier, u32 parity) {
 // Copy a half; `barrier` turns when it has arrived. From sm_90 on by one lane, before by all lanes of a warp.
 #if __CUDA_ARCH__ >= 900
 constexpr int NUM_COPIERS = 1;
-DEVICE void copy_half(u8* target, const u8* source, u64* barrier) {
-  const u32 b = shared_address(barrier);
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _,[%0],%1;" ::"r"(b), "r"(HALF_BYTES) : "memory");
+DEVICE void copy_half(u32 target, const u8* source, u32 barrier) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _,[%0],%1;" ::"r"(barrier), "r"(HALF_BYTES) : "memory");
   u64 policy;  // what is read once a step does not have to stay in the cache
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0,1.0;" : "=l"(policy));
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0],[%1],%2,[%3],%4;" ::"r"(
-          shared_address(target)),
-      "l"(source), "r"(HALF_BYTES), "r"(b), "l"(policy)
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0],[%1],%2,[%3],%4;" ::"r"(target),
+      "l"(source), "r"(HALF_BYTES), "r"(barrier), "l"(policy)
       : "memory");
 }
 #else
 constexpr int NUM_COPIERS = 32;
-DEVICE void copy_half(u8* target, const u8* source, u64* barrier) {
+DEVICE void copy_half(u32 target, const u8* source, u32 barrier) {
   for (int at = (threadIdx.x & 31) * 16; at < HALF_BYTES; at += 512)
-    asm volatile("cp.async.cg.shared.global [%0],[%1],16;" ::"r"(shared_address(target + at)), "l"(source + at)
+    asm volatile("cp.async.cg.shared.global [%0],[%1],16;" ::"r"(target + at), "l"(source + at)
                  : "memory");
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 #endif
+
+DEVICE void store_shared(u32 address, u32 x) { asm volatile("st.shared.u32 [%0],%1;" ::"r"(address), "r"(x) : "memory"); }
+// In assembly, since the compiler would split what is only used in parts. Volatile: not before a wait.
+DEVICE u32 load_byte_pair(u32 address) {
+  u16 x;
+  asm volatile("ld.shared.u16 %0,[%1];" : "=h"(x) : "r"(address));
+  return x;
+}
+DEVICE u32 load_word(u32 address) {
+  u32 x;
+  asm volatile("ld.shared.u32 %0,[%1];" : "=r"(x) : "r"(address));
+  return x;
+}
+DEVICE uint2 load_pair(u32 address) {
+  uint2 x;
+  asm volatile("ld.shared.v2.u32 {%0,%1},[%2];" : "=r"(x.x), "=r"(x.y) : "r"(address));
+  return x;
+}
+DEVICE uint4 load_four(u32 address) {
+  uint4 x;
+  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3},[%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(address));
+  return x;
+}
+// COUNT words in a row, at a multiple of 4 bytes, or of 16 if there are a multiple of four.
+template <int COUNT>
+DEVICE void load_row(u32 (&words)[COUNT], u32 address) {
+  if (COUNT % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < COUNT; i += 4) {
+      const uint4 x = load_four(address + 4 * i);
+      words[i] = x.x;
+      words[i + 1] = x.y;
+      words[i + 2] = x.z;
+      words[i + 3] = x.w;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) words[i] = load_word(address + 4 * i);
+  }
+}

@@ -25,6 +25,13 @@ DEVICE u32 permute(u32 low, u32 high, u32 selector) {
   asm("prmt.b32 %0,%1,%2,%3;" : "=r"(r) : "r"(low), "r"(high), "r"(selector));
   return r;
 }
+// Both halves of the result: the upper half of x, which must not be what float16 takes for infinite or no number.
+// By the pipe that adds and multiplies: what shifts is busier.
+DEVICE u32 upper_half(u32 x) {
+  u32 r;
+  asm("{.reg .b16 l,h; .reg .b32 hh; mov.b32 {l,h},%1; mov.b32 hh,{h,h}; add.rn.f16x2 %0,hh,%2;}" : "=r"(r) : "r"(x), "r"(0x80008000));
+  return r;
+}
 DEVICE float exp2_(float x) {
   float r;
   asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(r) : "f"(x));
@@ -68,8 +75,20 @@ DEVICE void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-DEVICE void multiply_bytes(int (&c)[4], u32 a0, u32 a2, u32 b0, u32 b1) {  // rows 8 to 15 are 0
-  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%5},{%7,%8},{%0,%1,%2,%3};"
+DEVICE void multiply_bytes(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
       : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-      : "r"(a0), "r"(0), "r"(a2), "r"(b0), "r"(b1));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+// 8 rows, 16 bytes of each.
+DEVICE void multiply_bytes(int (&c)[2], u32 a, u32 b) {
+  asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0,%1},{%2},{%3},{%0,%1};"
+      : "+r"(c[0]), "+r"(c[1])
+      : "r"(a), "r"(b));
+}
+// Half as many numbers of each row.
+DEVICE void multiply_half(float (&c)[4], u32 a0, u32 a1, u32 b) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5},{%6},{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(b));
 }

@@ -1,0 +1,41 @@
+// How work is divided among warps, and what a number of it stands for.
+
+struct Shares {  // of `total` numbers among `count` warps
+  u32 quotient, rest;
+  DEVICE Shares(u32 total, u32 count) : quotient(total / count), rest(total % count) {}
+  DEVICE u32 start(u32 c) const { return c * quotient + min(c, rest); }
+  DEVICE u32 owner(u32 number) const {
+    const u32 longer = rest * (quotient + 1);
+    return number < longer ? number / (quotient + 1) : rest + (number - longer) / quotient;
+  }
+};
+
+// Tiles or halves before a place in a segment: one belongs to where it starts.
+DEVICE int pieces(u32 work, u32 of_each) { return (work + of_each - 1) / of_each; }
+
+// What a number stands for. Found by going on from that of a smaller number.
+struct Item {
+  int request, head;     // kv head
+  u32 start, count;      // of the work on this request and head
+  DEVICE void advance(u32 number, const int* work_starts, int num_heads) {
+    while (number >= start + count) {
+      start += count;
+      if (++head == num_heads) {
+        head = 0;
+        request++;
+        count = work_starts[request + 1] - work_starts[request];
+      }
+    }
+  }
+  DEVICE void find(u32 number, const int* work_starts, int num_heads, int batch, int lane) {
+    request = -1;
+    for (int first = 0; first < batch; first += 32) {
+      const int r = first + lane;
+      request += __popc(__ballot_sync(~0u, r < batch && (u32)work_starts[r] * num_heads <= number));
+    }
+    count = work_starts[request + 1] - work_starts[request];
+    const u32 inside = number - work_starts[request] * num_heads;
+    head = inside / count;
+    start = number - inside % count;
+  }
+};

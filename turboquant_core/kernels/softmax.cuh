@@ -1,0 +1,76 @@
+// What a warp has found of a segment: weighted sums of values, kept in registers.
+
+struct Softmax {  // of this lane's columns 2t, 2t + 1 of each set of 8
+  float reference[NUM_COLS][2], denominator[NUM_COLS][2];
+  float sums[NUM_COLS][VALUE_TILES][4];
+  DEVICE void reset() {
+    for (int n = 0; n < NUM_COLS; n++) {
+      reference[n][0] = reference[n][1] = LOWEST;
+      denominator[n][0] = denominator[n][1] = 0;
+#pragma unroll
+      for (int i = 0; i < VALUE_TILES; i++) sums[n][i][0] = sums[n][i][1] = sums[n][i][2] = sums[n][i][3] = 0;
+    }
+  }
+  // Raise the references of columns if scores, plus the logarithms of value sizes, are far above them.
+  // scores: [set][column set][2r + column], sizes: [set][r].
+  template <int SETS>
+  DEVICE void raise(const float (&scores)[SETS][NUM_COLS][4], const float (&sizes)[SETS][2]) {
+#pragma unroll
+    for (int n = 0; n < NUM_COLS; n++) {
+      float highest[2] = {LOWEST, LOWEST};
+#pragma unroll
+      for (int s = 0; s < SETS; s++)
+#pragma unroll
+        for (int c = 0; c < 2; c++)
+          highest[c] = fmaxf(highest[c], fmaxf(scores[s][n][c] + sizes[s][0], scores[s][n][2 + c] + sizes[s][1]));
+      const bool is_high = highest[0] > reference[n][0] + HEADROOM || highest[1] > reference[n][1] + HEADROOM;
+      if (!__any_sync(~0u, is_high)) continue;
+#pragma unroll
+      for (int c = 0; c < 2; c++) {
+#pragma unroll
+        for (int d = IS_SHARED ? 2 : 4; d < 32; d <<= 1)
+          highest[c] = fmaxf(highest[c], __shfl_xor_sync(~0u, highest[c], d));
+        const float raised = fmaxf(highest[c], reference[n][c]), decay = exp2_(reference[n][c] - raised);
+        reference[n][c] = raised;
+        denominator[n][c] *= decay;
+#pragma unroll
+        for (int i = 0; i < VALUE_TILES; i++) {
+          sums[n][i][c] *= decay;
+          sums[n][i][2 + c] *= decay;
+        }
+      }
+    }
+  }
+};
+
+DEVICE float capped(float score, float softcap) {
+  if (softcap > 0) score = softcap * tanhf(score / softcap);
+  return score;
+}
+
+// Write what a warp has found to `target`, in the order of a partial.
+DEVICE void write_warp(const Softmax& softmax, bool is_exact, int lane, float* target) {
+  const int g = lane >> 2, t = lane & 3;
+#pragma unroll
+  for (int n = 0; n < NUM_COLS; n++)
+#pragma unroll
+    for (int c = 0; c < 2; c++) {
+      float total = softmax.denominator[n][c];
+#pragma unroll
+      for (int d = IS_SHARED ? 2 : 4; d < 32; d <<= 1) total += __shfl_xor_sync(~0u, total, d);
+      const int column = 8 * n + 2 * t + c;
+      if (g == 0 && column < GROUP) {
+        target[SUMS + column] = softmax.reference[n][c];
+        target[SUMS + GROUP + column] = total;
+      }
+#pragma unroll
+      for (int i = 0; i < VALUE_TILES; i++)
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+          float sum = softmax.sums[n][i][2 * r + c];
+          if (IS_SHARED) sum += __shfl_xor_sync(~0u, sum, 2);
+          const int dim = 16 * i + (is_exact ? 4 * (g >> 1) + 2 * r + (g & 1) : 8 * r + g);
+          if (column < GROUP) target[column * VALUE_DIM + dim] = sum;
+        }
+    }
+}
