@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import random
 import time
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 DEVICE = torch.device("cuda")
 TIMELINE = Timeline()
-FUZZ_SECONDS = 10
+FUZZ_SECONDS = float(os.environ.get("FUZZ_SECONDS", "10"))
 # Of the output's type, in which it is rounded last: relative error in the Frobenius norm.
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 6e-4}
 

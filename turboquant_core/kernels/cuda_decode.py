@@ -116,8 +116,9 @@ class CudaDecode:
         num_threads = 256 if max(shape.key_dim, shape.value_dim) > 128 else 512  # as in the source
         around = []
         for suffix, requests in (("", 1), ("_many", self._many)):
+            rows = requests * shape.group_size
             num_found = num_threads // shape.value_dim if requests == 1 else 1
-            merge_bytes = 4 * requests * shape.group_size * 2 * (num_found * shape.value_dim + self._grid + 1)
+            merge_bytes = 8 * (rows * num_found * shape.value_dim + (rows + requests) * (self._grid + 1))
             around.append(
                 (
                     Kernel("decode", f"prepare{suffix}", constants, device, num_threads),

@@ -95,7 +95,7 @@ static_assert(RING_BYTES >= 4 * PARTIAL, "a ring has no room for a partial");
 
 // Two partials for each segment of a thread block: of the warps that leave it unfinished, and of the one that
 // finishes it.
-DEVICE long long partial_of(int thread_block, int segment) { return 2ll * (thread_block + segment); }
+DEVICE int partial_of(int thread_block, int segment) { return 2 * (thread_block + segment); }
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
     decode(const u8* records, const void* exact_keys, const void* exact_values, const void* queries,
@@ -165,7 +165,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
       const int segment = 2 * (item.request * num_heads + item.head) + !is_exact;
       const bool is_finished = stop == segment_end;
       write_warp(softmax, is_exact, lane,
-                 is_finished ? partials + (partial_of(blockIdx.x, segment) + 1) * PARTIAL : (float*)(memory + warp * RING_BYTES));
+                 is_finished ? partials + (partial_of(blockIdx.x, segment) + 1ll) * PARTIAL : (float*)(memory + warp * RING_BYTES));
       if (!is_finished) left = segment;
     }
   }
@@ -175,7 +175,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
     const int segment = unfinished[from];
     for (to = from + 1; to < NUM_WARPS && unfinished[to] == segment;) to++;
     if (segment < 0) continue;
-    float* partial = partials + partial_of(blockIdx.x, segment) * PARTIAL;
+    float* partial = partials + (long long)partial_of(blockIdx.x, segment) * PARTIAL;
     for (int i = threadIdx.x; i < SUMS; i += NUM_THREADS) {
       const int head = i / VALUE_DIM;
       float reference = LOWEST, sum = 0, denominator = 0;

@@ -11,13 +11,13 @@ struct Parted {
     first = owner / NUM_WARPS;
     count = shares.owner(end - 1) / NUM_WARPS - first + 2;
   }
-  // The i-th: of each thread block what its warps have left unfinished, and at last what finishes the segment.
-  // Null: a thread block has left nothing.
-  DEVICE const float* partial(const float* partials, const Shares& shares, int i) const {
+  // Where the i-th is: of each thread block what its warps have left unfinished, and at last what finishes the
+  // segment. -1: a thread block has left nothing.
+  DEVICE int place(const Shares& shares, int i) const {
     const bool is_last = i == count - 1;
     const int thread_block = first + i - is_last;
     const bool is_written = is_last || shares.start(max(owner, (u32)thread_block * NUM_WARPS) + 1) < end;
-    return is_written ? partials + (partial_of(thread_block, segment) + is_last) * PARTIAL : nullptr;
+    return is_written ? partial_of(thread_block, segment) + is_last : -1;
   }
 };
 
@@ -33,10 +33,11 @@ DEVICE void merge_requests(const float* partials, const int* work_starts, const 
   __shared__ float denominators[ROWS];
   __shared__ Parted segments[REQUESTS][2];  // exact tokens, blocks
   typedef float Found[NUM_FOUND][ROWS][VALUE_DIM];
-  extern __shared__ float shared[];         // two Found, then weights
+  extern __shared__ float shared[];         // two Found, weights, places
   Found* found = (Found*)shared;
   const int max_count = 2 * (grid + 1);
   float* weights = shared + 2 * NUM_FOUND * ROWS * VALUE_DIM;  // [ROWS][max_count]
+  int* places = (int*)(weights + ROWS * max_count);            // [REQUESTS][max_count]
 
   const int head = blockIdx.x % num_heads, first = blockIdx.x / num_heads * REQUESTS, thread = threadIdx.x;
   const Transform transform(operands + (long long)head * operands_stride);
@@ -51,13 +52,17 @@ DEVICE void merge_requests(const float* partials, const int* work_starts, const 
     segments[thread / 2][is_stored] = Parted(shares, 2 * (request * num_heads + head) + is_stored,
                                              is_stored ? exact_end : start, is_stored ? start + count : exact_end);
   }
-  wait_for_previous();
   __syncthreads();
   auto count_of = [&](int r) { return segments[r][0].count + segments[r][1].count; };
-  auto partial = [&](int r, int i) -> const float* {  // those of exact tokens first
-    const int num_exact = segments[r][0].count;
-    if (i < num_exact) return segments[r][0].partial(partials, shares, i);
-    return i < count_of(r) ? segments[r][1].partial(partials, shares, i - num_exact) : nullptr;
+  for (int j = thread; j < num_requests * max_count; j += AROUND_THREADS) {
+    const int r = j / max_count, i = j % max_count, num_exact = segments[r][0].count;
+    places[j] = i < num_exact ? segments[r][0].place(shares, i) : i < count_of(r) ? segments[r][1].place(shares, i - num_exact) : -1;
+  }
+  wait_for_previous();
+  __syncthreads();
+  auto partial = [&](int r, int i) -> const float* {  // those of exact tokens first; null: there is none
+    const int place = i < max_count ? places[r * max_count + i] : -1;
+    return place < 0 ? nullptr : partials + (long long)place * PARTIAL;
   };
   constexpr int AT_ONCE = GROUP <= 4 ? 8 : GROUP <= 8 ? 4 : 1;
   const int part = REQUESTS == 1 ? part_of_threads : 0, own = REQUESTS == 1 ? 0 : part_of_threads;
