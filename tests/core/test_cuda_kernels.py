@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from turboquant_core.kernels import cuda_kernel
-from turboquant_core.kernels.cuda_decode import DecodeShape, fit_device, kernel_constants
 from turboquant_core.kernels.cuda_kernel import KernelError, compile_source
+from turboquant_core.kernels.decode_shape import DecodeShape, fit_device, kernel_constants
 
 pytest.importorskip("cuda.bindings.nvrtc")
 

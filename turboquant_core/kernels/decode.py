@@ -10,8 +10,9 @@ from torch import Tensor
 
 from turboquant_core.exact_codec import ExactCodec
 from turboquant_core.kernels import triton_decode
-from turboquant_core.kernels.cuda_decode import PLAIN_BITS, CudaDecode, DecodeShape
+from turboquant_core.kernels.cuda_decode import CudaDecode
 from turboquant_core.kernels.cuda_kernel import KernelError
+from turboquant_core.kernels.decode_shape import PLAIN_BITS, DecodeShape
 from turboquant_core.reference import AttentionOptions, Codec
 from turboquant_core.step_plan import DecodeTables
 from turboquant_core.timeline import Timeline

@@ -1,0 +1,139 @@
+"""DecodeShape: what `decode.cu` is compiled for, and how it fits into a multiprocessor. Knows no GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from turboquant_core.codebook import e4m3_magnitudes
+from turboquant_core.config import MEAN_SIZE
+from turboquant_core.record import RecordLayout
+from turboquant_core.step_plan import HALF_WORK, TILE_WORK
+
+_NUM_WARPS = (16, 12, 10, 8, 7, 6, 5, 4, 3, 2, 1)  # the first for which there is room
+PLAIN_BITS = 16
+_MAX_GROUP = 16
+_MAX_DIM = 256
+_SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # of the others 99 KiB
+
+
+@dataclass(frozen=True)
+class DecodeShape:
+    """What a compiled kernel is for.
+
+    Attributes:
+        key_dim: A multiple of 16, at most 256.
+        value_dim: Likewise.
+        key_bits: Of a key's code; 16 stands for numbers of `dtype`, of an :class:`ExactCodec`.
+        value_bits: Of a value's code; 16 if those of keys are.
+        group_size: Query heads of a kv head, at most 16.
+        num_sinks: Of the timeline.
+        ring_size: Of the timeline.
+        dtype: Of queries and exact tokens: bfloat16 or float16.
+    """
+
+    key_dim: int
+    value_dim: int
+    key_bits: int
+    value_bits: int
+    group_size: int
+    num_sinks: int
+    ring_size: int
+    dtype: torch.dtype
+
+    @property
+    def is_supported(self) -> bool:
+        """Tell whether there is a kernel; if not, the Triton kernel is for it."""
+        dims = self.key_dim, self.value_dim
+        dims_fit = all(dim % 16 == 0 and 16 <= dim <= _MAX_DIM for dim in dims)
+        sums_fit = self.group_size <= (_MAX_GROUP if max(dims) <= 128 else 8)
+        return dims_fit and sums_fit and self.dtype in (torch.bfloat16, torch.float16)
+
+    @property
+    def half_bytes(self) -> int:
+        """Return the size of half a record."""
+        if self.key_bits == PLAIN_BITS:
+            return MEAN_SIZE * (self.key_dim + self.value_dim) * 2
+        return RecordLayout(self.key_dim, self.key_bits, self.value_dim, self.value_bits).record_bytes // 2
+
+    def max_warps(self, arch: int) -> int:
+        """Return for how many warps a multiprocessor has registers."""
+        if self.group_size > 8 or max(self.key_dim, self.value_dim) > 128:
+            return 8
+        # Without a conversion from e4m3, or with 8-bit keys for more than 4 heads, there is more to hold.
+        return 12 if arch < 89 or (self.key_bits == 8 and self.group_size > 4) else 16
+
+
+class Fit(NamedTuple):
+    """What a multiprocessor has room for, in one thread block.
+
+    Attributes:
+        num_warps: Warps.
+        ring_slots: Halves of blocks that each has room for.
+        shared_bytes: For both.
+    """
+
+    num_warps: int
+    ring_slots: int
+    shared_bytes: int
+
+
+def kernel_constants(shape: DecodeShape, fit: Fit) -> dict[str, int]:
+    """Return what `decode.cu` is compiled with."""
+    constants = {
+        "KEY_DIM": shape.key_dim,
+        "VALUE_DIM": shape.value_dim,
+        "KEY_BITS": shape.key_bits,
+        "VALUE_BITS": shape.value_bits,
+        "GROUP": shape.group_size,
+        "NUM_SINKS": shape.num_sinks,
+        "RING_SIZE": shape.ring_size,
+        "TILE_WORK": TILE_WORK,
+        "HALF_WORK": HALF_WORK,
+        "IS_BFLOAT16": int(shape.dtype == torch.bfloat16),
+        "NUM_WARPS": fit.num_warps,
+        "RING_SLOTS": fit.ring_slots,
+    }
+    # Keys of 2 and 3 bits are multiplied as integers, which their levels are.
+    key_type = torch.float8_e4m3fn if shape.key_bits == 4 else torch.int8
+    for name, bits, dtype in (
+        ("KEY", shape.key_bits, key_type),
+        ("VALUE", shape.value_bits, torch.float8_e4m3fn),
+    ):
+        levels = _level_bytes(bits, dtype)
+        constants[f"{name}_LEVELS_LOW"] = int.from_bytes(levels[:4], "little")
+        constants[f"{name}_LEVELS_HIGH"] = int.from_bytes(levels[4:], "little")
+    return constants
+
+
+def _level_bytes(bits: int, dtype: torch.dtype) -> bytes:
+    """Return eight levels' bytes: at 4 bits the magnitudes, else those of negative ones too."""
+    if bits >= 8:
+        return bytes(8)
+    magnitudes, _ = e4m3_magnitudes(_MAX_DIM, bits)
+    levels = [*magnitudes, *(-magnitude for magnitude in magnitudes)][:8]
+    return bytes(torch.tensor(levels).to(dtype).view(torch.uint8).tolist()).ljust(8, b"\0")
+
+
+def level_unit(dim: int, bits: int) -> float:
+    """Return what the number 1 stands for among those that the kernel makes of codes."""
+    return 1.0 if bits >= 8 else e4m3_magnitudes(dim, bits)[1]
+
+
+def fit_device(shape: DecodeShape, arch: int) -> Fit:
+    """Return what a multiprocessor has room for; arch: 10 times the compute capability."""
+    available = _SHARED_BYTES.get(arch, 99 << 10)
+    # As in the source: room for any alignment, a barrier and an offset.
+    slot_bytes = -(-(shape.half_bytes + 112) // 128) * 128 + 8 + 4
+    partial_bytes = 4 * shape.group_size * (shape.value_dim + 2)
+    for num_warps in _NUM_WARPS:
+        ring_slots = min(32, (available // num_warps - 36) // slot_bytes)
+        if (
+            ring_slots >= 2
+            and ring_slots * (slot_bytes - 12) >= partial_bytes
+            and num_warps <= shape.max_warps(arch)
+        ):
+            return Fit(num_warps, ring_slots, num_warps * (ring_slots * slot_bytes + 36))
+    raise AssertionError(f"no kernel for {shape} fits into {available} bytes")
