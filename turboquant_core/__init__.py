@@ -6,6 +6,7 @@ from turboquant_core.attention import (
     PrefillAttention,
     UnsupportedAttentionError,
     forward_context,
+    traceable_forward,
     use_paged_attention,
     use_plain_attention,
 )
@@ -14,6 +15,7 @@ from turboquant_core.block_codec import BlockCodec
 from turboquant_core.block_quantizer import KEY_SCALE, VALUE_SCALE, BlockQuantizer, QuantizedBlocks
 from turboquant_core.cache import TurboQuantCache, cache_argument
 from turboquant_core.config import BLOCK_SIZE, KVCacheConfig
+from turboquant_core.decode_buffers import DecodeBuffers
 from turboquant_core.dense_cache import DenseCache
 from turboquant_core.exact_codec import ExactCodec
 from turboquant_core.layer_probe import (
@@ -29,16 +31,10 @@ from turboquant_core.quantizer import ProdCodes, TurboQuantMSE, TurboQuantProd
 from turboquant_core.reference import AttentionOptions
 from turboquant_core.request_cache import CacheManager, RequestCache, Visibility
 from turboquant_core.state_pool import StatePool
-from turboquant_core.step_plan import (
-    Chunk,
-    DecodePlan,
-    DecodeTables,
-    due_blocks,
-    make_decode_tables,
-    plan_decode,
-)
+from turboquant_core.step_plan import Chunk, DecodePlan, DecodeTables
 from turboquant_core.timeline import Timeline
 from turboquant_core.transform import LayerTransforms, Transform, rotation
+from turboquant_core.upload import upload
 
 __all__ = [
     "BLOCK_SIZE",
@@ -51,6 +47,7 @@ __all__ = [
     "CacheManager",
     "Chunk",
     "DecodeAttention",
+    "DecodeBuffers",
     "DecodePlan",
     "DecodeTables",
     "DenseCache",
@@ -75,16 +72,15 @@ __all__ = [
     "UnsupportedAttentionError",
     "Visibility",
     "cache_argument",
-    "due_blocks",
     "forward_context",
     "layer_visibilities",
-    "make_decode_tables",
     "measure_transforms",
     "plan_bits",
-    "plan_decode",
     "probe_dense_layers",
     "probe_paged_layers",
     "rotation",
+    "traceable_forward",
+    "upload",
     "use_paged_attention",
     "use_plain_attention",
 ]

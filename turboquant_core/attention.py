@@ -3,6 +3,9 @@
 A model is told to attend with the function of this file and gets a cache that keeps nothing. The function
 finds the store, and the plan of the step, in a context that is the thread's while a forward runs; so whatever
 a model does in between, one code path serves all that use transformers' attention interface.
+
+To whoever traces a forward, attention is one operation, `turboquant::attend`: what it does is decided when it
+runs. Only the layer is decided before, so the modules of a model that is traced have to know theirs.
 """
 # mypy: disable-error-code="no-untyped-call"
 # (transformers' own methods)
@@ -17,7 +20,7 @@ from typing import Any, Protocol
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -101,17 +104,33 @@ class _Forward:
         attention: What attends.
         updated_layer: The layer that gave its keys to the cache last and has not attended since.
         given: The keys that layers gave, by their id, and the layer; other layers may attend to them too.
+        attended: The modules that attended, the layer that each attended to, and whether it wrote there.
     """
 
     attention: Attention
     updated_layer: int | None = None
     given: dict[int, tuple[ReferenceType[Tensor], int]] = field(default_factory=dict)
+    attended: list[tuple[nn.Module, int, bool]] = field(default_factory=list)
+
+    def next_layer(self, module: nn.Module, keys: Tensor) -> tuple[int, bool]:
+        """Return the layer that a module attends to with these keys, and whether it writes them there."""
+        layer_idx, writes = self.updated_layer, True
+        self.updated_layer = None
+        if layer_idx is None:
+            layer_idx, writes = self.giver(keys), False
+            if layer_idx is None:
+                raise UnsupportedAttentionError("a layer attends to keys that no layer gave to the cache")
+        self.attended.append((module, layer_idx, writes))
+        return layer_idx, writes
 
     def giver(self, keys: Tensor) -> int | None:
         """Return the layer that gave these keys to the cache."""
         reference, layer_idx = self.given.get(id(keys), (None, None))
         return layer_idx if reference is not None and reference() is keys else None
 
+
+# Attribute of a module that attends: (index of its cache layer, whether it writes), see `traceable_forward`.
+_LAYER = "_turboquant_layer"
 
 # What a model attended with before.
 _plain_attention: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()
@@ -127,6 +146,22 @@ def forward_context(attention: Attention) -> Iterator[None]:
         yield
     finally:
         _local.forward = None
+
+
+@contextmanager
+def traceable_forward(attention: Attention) -> Iterator[None]:
+    """Like `forward_context`, for a forward of each layer after which the model can be traced.
+
+    Raises:
+        UnsupportedAttentionError: A module attends for several layers.
+    """
+    with forward_context(attention):
+        attended = _current_forward().attended
+        yield
+    if len({module for module, _, _ in attended}) < len(attended):
+        raise UnsupportedAttentionError("a module attends for several layers")
+    for module, layer_idx, writes in attended:
+        setattr(module, _LAYER, (layer_idx, writes))
 
 
 def _current_forward() -> _Forward:
@@ -182,21 +217,51 @@ def _paged_attention(
     Returns:
         ``[batch, num_tokens, num_heads, value_dim]``.
     """
-    forward = _current_forward()
     for name in _UNKNOWN_ARGUMENTS:
         if kwargs.get(name) is not None:
             raise UnsupportedAttentionError(f"its attention has {name}")
-    layer_idx, writes = forward.updated_layer, True
-    forward.updated_layer = None
-    if layer_idx is None:
-        layer_idx, writes = forward.giver(key), False
-        if layer_idx is None:
-            raise UnsupportedAttentionError("a layer attends to keys that no layer gave to the cache")
-    batch, _, num_tokens, key_dim = query.shape
-    options = AttentionOptions(key_dim**-0.5 if scaling is None else float(scaling), softcap, s_aux)
+    if torch.compiler.is_dynamo_compiling():
+        layer_idx, writes = getattr(module, _LAYER)
+    else:
+        layer_idx, writes = _current_forward().next_layer(module, key)
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    output = torch.ops.turboquant.attend(query, key, value, layer_idx, writes, scale, softcap, s_aux)
+    return output, None
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layer_idx: int,
+    writes: bool,
+    softmax_scale: float,
+    softcap: float | None,
+    sink_scores: Tensor | None,
+) -> Tensor:
+    """Attend with what the forward in progress attends with; see `_paged_attention` for the shapes."""
+    batch, _, num_tokens, _ = query.shape
     queries, keys, values = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
-    output = forward.attention.attend(layer_idx, queries, keys, values, options, writes)
-    return output.view(batch, num_tokens, *output.shape[1:]), None
+    options = AttentionOptions(softmax_scale, softcap, sink_scores)
+    output = _current_forward().attention.attend(layer_idx, queries, keys, values, options, writes)
+    return output.contiguous().view(batch, num_tokens, *output.shape[1:])
+
+
+def _traced_attend(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> Tensor:
+    batch, num_heads, num_tokens, _ = query.shape
+    return query.new_empty(batch, num_tokens, num_heads, value.shape[-1])
+
+
+# That it writes to the store is not declared, as the store is no argument. Nothing else in a forward touches
+# the store, and where a layer reads what another wrote, its input depends on that layer's output.
+_library = torch.library.Library("turboquant", "FRAGMENT")
+_library.define(
+    "attend(Tensor query, Tensor key, Tensor value, int layer_idx, bool writes, float softmax_scale, "
+    "float? softcap, Tensor? sink_scores) -> Tensor",
+    tags=(torch.Tag.needs_exact_strides,),
+)
+_library.impl("attend", _attend, "CompositeExplicitAutograd")
+torch.library.register_fake("turboquant::attend", _traced_attend, lib=_library)
 
 
 class PassThroughCache(Cache):
@@ -213,9 +278,10 @@ class PassThroughCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Return the new keys and values and remember whose they are."""
-        forward = _current_forward()
-        forward.updated_layer = layer_idx
-        forward.given[id(key_states)] = ref(key_states), layer_idx
+        if not torch.compiler.is_dynamo_compiling():
+            forward = _current_forward()
+            forward.updated_layer = layer_idx
+            forward.given[id(key_states)] = ref(key_states), layer_idx
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

@@ -30,8 +30,9 @@ from turboquant_core.layer_stack import LayerStack, make_blocks
 from turboquant_core.prefill_plan import PrefillPlan, plan_prefill
 from turboquant_core.reference import AttentionOptions, Codec, decode_attention
 from turboquant_core.request_cache import Visibility
-from turboquant_core.step_plan import Chunk, DecodePlan
+from turboquant_core.step_plan import Chunk, DecodePlan, due_blocks
 from turboquant_core.timeline import Timeline
+from turboquant_core.upload import upload
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class PagedStore:
         self.layers = layers
         self.visibilities = tuple(visibilities)
         self.timeline = timeline
+        self.num_slots = num_slots
         self.device = device
         self.uses_kernels = device.type == "cuda"
         self.records: dict[int, Tensor] = {}
@@ -176,7 +178,7 @@ class PagedStore:
         *,
         writes: bool = True,
     ) -> Tensor:
-        """Attend for one new token of each request and keep its key and value.
+        """Attend for one new token of each request and keep its key and value; see also `make_due_blocks`.
 
         Args:
             layer_idx: Of the layer whose cache is meant.
@@ -192,29 +194,34 @@ class PagedStore:
         """
         codec, records = self.layers[layer_idx].codec, self.records[layer_idx]
         exact_keys, exact_values = exact = self.exact[layer_idx]
-        outputs = None
-        if plan.tables is not None:
+        if self.uses_kernels:
             from turboquant_core.kernels.decode import decode
 
             new = (keys, values) if writes else None
             outputs = decode(queries, new, exact, records, plan.tables, self.timeline, codec, options)
-        if outputs is None:
-            if writes:
-                exact_keys[plan.slots, :, plan.exact_indices] = keys
-                exact_values[plan.slots, :, plan.exact_indices] = values
-            held = exact_keys[plan.slot_rows], exact_values[plan.slot_rows]
-            outputs = decode_attention(queries, held, records, plan, codec, options)
-        if writes and plan.new_block_ids.numel():
-            layer = LayerStack([layer_idx], records[None], exact_keys[None], exact_values[None])
-            self._make_blocks(layer, plan.new_slots, plan.new_starts, plan.new_block_ids)
-        return outputs
+            if outputs is not None:
+                return outputs
+        if writes:
+            exact_keys[plan.slots, :, plan.exact_indices] = keys
+            exact_values[plan.slots, :, plan.exact_indices] = values
+        held = exact_keys[plan.slot_rows], exact_values[plan.slot_rows]
+        return decode_attention(queries, held, records, plan, codec, options)
 
-    def make_due_blocks(self, group: int, due: Sequence[tuple[int, int, int]]) -> None:
-        """Make `due_blocks` in all layers of a group, where `decode` was not told of them."""
-        columns = torch.tensor(due, dtype=torch.int64).mT.contiguous()
-        slots, block_ids, starts = columns.to(self.device, non_blocking=True)
+    def make_due_blocks(self, chunks: Sequence[Chunk]) -> None:
+        """Make the blocks that become due with generated tokens, once `decode` has kept these in all layers.
+
+        Args:
+            chunks: Of one token each.
+        """
+        due = [due_blocks(chunks, group, self.timeline) for group in range(len(self.visibilities))]
+        if not any(due):
+            return
+        # One copy for all groups.
+        rows = upload(list(itertools.chain.from_iterable(due)), torch.int64, self.device)
+        of_groups = rows.split([len(of_group) for of_group in due])
         for stack in self._stacks:
-            if self.layers[stack.indices[0]].group == group:
+            slots, block_ids, starts = of_groups[self.layers[stack.indices[0]].group].mT.contiguous()
+            if len(slots):
                 self._make_blocks(stack, slots, starts, block_ids)
 
     def read(self, layer_idx: int, plan: PrefillPlan) -> tuple[Tensor, Tensor]:

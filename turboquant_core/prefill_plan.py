@@ -19,6 +19,7 @@ from turboquant_core.config import BLOCK_SIZE
 from turboquant_core.request_cache import Visibility
 from turboquant_core.step_plan import Chunk, new_blocks, visible_blocks
 from turboquant_core.timeline import Timeline
+from turboquant_core.upload import upload
 
 
 @dataclass(frozen=True)
@@ -92,10 +93,8 @@ def plan_prefill(
     parts = [_plan(run, group, visibility, timeline) for run in runs]
     lists = [column for _, columns in parts for column in columns.values()]
     # One copy for all tensors.
-    numbers = torch.tensor(list(itertools.chain.from_iterable(lists)), dtype=torch.int64)
-    if device.type == "cuda":
-        numbers = numbers.pin_memory()
-    tensors = iter(numbers.to(device, non_blocking=True).split([len(column) for column in lists]))
+    numbers = upload(list(itertools.chain.from_iterable(lists)), torch.int64, device)
+    tensors = iter(numbers.split([len(column) for column in lists]))
     plans = []
     for rest, columns in parts:
         on_device: dict[str, Any] = {name: next(tensors) for name in columns}

@@ -93,6 +93,7 @@ class CacheManager:
             _LayerGroup(timeline, visibility, BlockManager(count))
             for visibility, count in zip(visibilities, num_blocks, strict=True)
         ]
+        self._sees_everything = all(visibility.reach is None for visibility in visibilities)
         self._num_slots = num_slots
         self._free_slots = list(range(num_slots - 1, -1, -1))
         self._running: dict[int, RequestCache] = {}
@@ -224,6 +225,9 @@ class RequestCache:
             False if a group has too few blocks left; then none is allocated.
         """
         manager = self._manager
+        num_blocks = manager.timeline.num_blocks(num_tokens, self._num_prompt_tokens)
+        if manager._sees_everything and all(num_blocks <= len(table) for table in self.block_tables):
+            return True  # as in most steps
         for i, (group, table) in enumerate(zip(manager._groups, self.block_tables, strict=True)):
             kept = min(group.first_block(start), len(table))
             dropped = [block_id for block_id in table[self._num_dropped[i] : kept] if block_id is not None]
@@ -231,7 +235,6 @@ class RequestCache:
             for index in range(self._num_dropped[i], kept):
                 table[index] = None
             self._num_dropped[i] = kept
-        num_blocks = manager.timeline.num_blocks(num_tokens, self._num_prompt_tokens)
         missing = [max(0, num_blocks - len(table)) for table in self.block_tables]
         if any(count > group.blocks.num_free for count, group in zip(missing, manager._groups, strict=True)):
             return False

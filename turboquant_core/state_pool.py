@@ -33,7 +33,7 @@ class StatePool:
         """Bytes held."""
         return sum(states.nbytes for states in self._states.values())
 
-    def load(self, cache: Cache, slots: list[int]) -> None:
+    def load(self, cache: Cache, slots: Tensor) -> None:
         """Put the states of slots, one row each, into a new cache."""
         for key, layer in _states_of(cache):
             if key not in self._states:
@@ -47,7 +47,7 @@ class StatePool:
             if kind == "conv":
                 layer.conv_kernel_size[index] = states.shape[-1]
 
-    def store(self, cache: Cache, slots: list[int]) -> None:
+    def store(self, cache: Cache, slots: Tensor) -> None:
         """Keep what a forward has left in a cache, whose rows are these slots."""
         for key, layer in _states_of(cache):
             _, kind, index = key

@@ -5,9 +5,9 @@ Made once a step from the requests' caches and read by every layer. Knows no key
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -78,7 +78,7 @@ TILE_WORK, HALF_WORK = 3, 2
 
 
 def decode_work(num_blocks: int, timeline: Timeline) -> int:
-    """Return the work on a new token's attention in one kv head: on tiles of 16 places of its slot, and blocks."""
+    """Return the work on attention in one kv head: on tiles of 16 places of a slot, and on blocks."""
     return TILE_WORK * -(-timeline.num_exact // 16) + 2 * HALF_WORK * num_blocks
 
 
@@ -114,146 +114,91 @@ class DecodeTables:
 class DecodePlan:
     """One new token for each of several requests, as one group of layers sees it.
 
+    Kernels read the tables. What the reference reads is made of them when it is asked for, without free rows.
+
     Attributes:
-        slots: int64 ``[batch]``.
-        slot_rows: The same as an index; a slice, which copies nothing, where they follow each other.
-        exact_indices: int64 ``[batch]``, where in its slot each new token goes.
-        exact_mask: bool ``[batch, num_exact]``, which tokens of the slot the new one sees, itself included.
-        block_ids: int64 ``[num_blocks]``, the blocks that requests see, one request after another.
-        owners: int64 ``[num_blocks]``, row in the batch of each block's request.
-        block_mask: bool ``[num_blocks, 64]``, which of their tokens are seen; None stands for all.
-        new_block_ids: int64 ``[num_new]``, blocks that become due with these tokens.
-        new_slots: int64 ``[num_new]``, slot of the request of each.
-        new_starts: int64 ``[num_new]``, where in the slot the block's first token lies.
-        tables: The same for kernels; on a GPU only.
+        tables: What each request sees.
+        timeline: Where tokens lie in a slot.
     """
 
-    slots: Tensor
-    slot_rows: Tensor | slice
-    exact_indices: Tensor
-    exact_mask: Tensor
-    block_ids: Tensor
-    owners: Tensor
-    block_mask: Tensor | None
-    new_block_ids: Tensor
-    new_slots: Tensor
-    new_starts: Tensor
-    tables: DecodeTables | None
+    tables: DecodeTables
+    timeline: Timeline
 
-    @classmethod
-    def of_tables(cls, tables: DecodeTables) -> DecodePlan:
-        """Return a plan for kernels only, in which no block becomes due."""
-        empty = tables.slots.new_empty(0)
-        return cls(empty, empty, empty, empty, empty, empty, None, empty, empty, empty, tables)
+    @cached_property
+    def slots(self) -> Tensor:
+        """Slot of each request, int64 ``[batch]``."""
+        return self.tables.slots.long()
 
+    @cached_property
+    def slot_rows(self) -> Tensor | slice:
+        """The same as an index; a slice, which copies nothing, where they follow each other."""
+        slots = self.slots.tolist()
+        follow_each_other = slots == list(range(slots[0], slots[0] + len(slots)))
+        return slice(slots[0], slots[-1] + 1) if follow_each_other else self.slots
 
-def plan_decode(
-    chunks: Sequence[Chunk], group: int, visibility: Visibility, timeline: Timeline, device: torch.device
-) -> DecodePlan:
-    """Return the plan for chunks of one token each."""
-    positions = torch.tensor([chunk.start for chunk in chunks]).unsqueeze(1)
-    first_visible = torch.tensor([visibility.first_visible(chunk.start) for chunk in chunks]).unsqueeze(1)
-    ranges = [visible_blocks(chunk, group, visibility, timeline) for chunk in chunks]
-    num_visible = [timeline.num_visible_blocks(chunk.start, chunk.num_prompt_tokens) for chunk in chunks]
-    exact_start = timeline.num_sinks + BLOCK_SIZE * torch.tensor(num_visible).unsqueeze(1)
-    held = _exact_positions(positions, timeline)
-    is_sink = torch.arange(timeline.num_exact) < timeline.num_sinks
-    exact_mask = (held <= positions) & (held >= first_visible) & (is_sink | (held >= exact_start))
+    @cached_property
+    def exact_indices(self) -> Tensor:
+        """Where in its slot each new token goes, int64 ``[batch]``."""
+        positions, num_sinks = self.tables.positions.long(), self.timeline.num_sinks
+        in_ring = num_sinks + (positions - num_sinks) % self.timeline.ring_size
+        return torch.where(positions < num_sinks, positions, in_ring)
 
-    block_mask = None
-    if visibility != Visibility():
-        starts = [blocks.start + BLOCK_SIZE * index for blocks in ranges for index in range(len(blocks.ids))]
-        first = [
-            limit
-            for limit, blocks in zip(first_visible[:, 0].tolist(), ranges, strict=True)
-            for _ in blocks.ids
-        ]
-        tokens = torch.tensor(starts, dtype=torch.int64).unsqueeze(1) + torch.arange(BLOCK_SIZE)
-        block_mask = (tokens >= torch.tensor(first, dtype=torch.int64).unsqueeze(1)).to(device)
-    due = due_blocks(chunks, group, timeline)
+    @cached_property
+    def exact_mask(self) -> Tensor:
+        """Which tokens of the slot the new one sees, itself included, bool ``[batch, num_exact]``."""
+        positions, first_visible, exact_starts = (
+            numbers.unsqueeze(1)
+            for numbers in (self.tables.positions, self.tables.first_visible, self.tables.exact_starts)
+        )
+        held = _exact_positions(positions, self.timeline)
+        is_sink = torch.arange(self.timeline.num_exact, device=held.device) < self.timeline.num_sinks
+        return (held <= positions) & (held >= first_visible) & (is_sink | (held >= exact_starts))
 
-    def integers(values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
+    @cached_property
+    def block_ids(self) -> Tensor:
+        """The blocks that requests see, one request after another, int64 ``[num_blocks]``."""
+        return self.tables.block_tables[self._are_blocks].long()
 
-    slots = [chunk.cache.slot for chunk in chunks]
-    follow_each_other = slots == list(range(slots[0], slots[0] + len(slots)))
-    return DecodePlan(
-        slots=integers(slots),
-        slot_rows=slice(slots[0], slots[-1] + 1) if follow_each_other else integers(slots),
-        exact_indices=integers([timeline.exact_index(chunk.start) for chunk in chunks]),
-        exact_mask=exact_mask.to(device),
-        block_ids=integers(list(itertools.chain.from_iterable(blocks.ids for blocks in ranges))),
-        owners=integers([row for row, blocks in enumerate(ranges) for _ in blocks.ids]),
-        block_mask=block_mask,
-        new_block_ids=integers([block_id for _, block_id, _ in due]),
-        new_slots=integers([slot for slot, _, _ in due]),
-        new_starts=integers([start for _, _, start in due]),
-        tables=make_decode_tables(chunks, group, visibility, timeline, device)
-        if device.type == "cuda"
-        else None,
-    )
+    @cached_property
+    def owners(self) -> Tensor:
+        """Row in the batch of each block's request, int64 ``[num_blocks]``."""
+        return self._are_blocks.nonzero()[:, 0]
+
+    @cached_property
+    def block_mask(self) -> Tensor | None:
+        """Which of their tokens are seen, bool ``[num_blocks, 64]``; None stands for all."""
+        tables = self.tables
+        if not tables.first_visible.any():
+            return None
+        numbers = torch.arange(tables.block_tables.shape[1], device=tables.slots.device)
+        starts = (tables.block_starts.unsqueeze(1) + BLOCK_SIZE * numbers)[self._are_blocks]
+        tokens = starts.unsqueeze(1) + torch.arange(BLOCK_SIZE, device=starts.device)
+        return tokens >= tables.first_visible[self.owners].unsqueeze(1)
+
+    @cached_property
+    def _are_blocks(self) -> Tensor:
+        """Which entries of the block tables are blocks that are seen."""
+        block_tables = self.tables.block_tables
+        numbers = torch.arange(block_tables.shape[1], device=block_tables.device)
+        return numbers < self.tables.num_blocks.unsqueeze(1)
 
 
 def due_blocks(chunks: Sequence[Chunk], group: int, timeline: Timeline) -> list[tuple[int, int, int]]:
-    """Return (slot, block id, place in the slot of its first token) of blocks that chunks make due."""
+    """Return (slot, block id, place in the slot of its first token) of blocks that generated tokens make due.
+
+    Args:
+        chunks: Of one token each.
+        group: Of layers.
+        timeline: Of the requests.
+    """
+    exact = timeline.num_sinks + timeline.residual_length
     return [
         (chunk.cache.slot, block_id, timeline.exact_index(timeline.num_sinks + BLOCK_SIZE * (first + offset)))
         for chunk in chunks
+        if (chunk.end - exact) % BLOCK_SIZE == 0  # as of few
         for first, ids in [new_blocks(chunk, group, timeline)]
         for offset, block_id in enumerate(ids)
     ]
-
-
-def make_decode_tables(
-    chunks: Sequence[Chunk],
-    group: int,
-    visibility: Visibility,
-    timeline: Timeline,
-    device: torch.device,
-    *,
-    num_rows: int | None = None,
-) -> DecodeTables:
-    """Return the tables of chunks of one token each: what `step_plan.plan_decode` shows, in one copy.
-
-    With `num_rows`, rows without a request follow.
-    """
-    num_added = (num_rows or len(chunks)) - len(chunks)
-    ranges = [visible_blocks(chunk, group, visibility, timeline) for chunk in chunks]
-    max_blocks = max((len(blocks.ids) for blocks in ranges), default=0)
-    starts = [0, *itertools.accumulate(decode_work(len(blocks.ids), timeline) for blocks in ranges)]
-    columns = [
-        [chunk.cache.slot for chunk in chunks] + [-1] * num_added,
-        [chunk.start for chunk in chunks] + [0] * num_added,
-        [
-            timeline.num_sinks
-            + BLOCK_SIZE * timeline.num_visible_blocks(chunk.start, chunk.num_prompt_tokens)
-            for chunk in chunks
-        ]
-        + [0] * num_added,
-        [visibility.first_visible(chunk.start) for chunk in chunks] + [0] * num_added,
-        [blocks.start for blocks in ranges] + [0] * num_added,
-        [len(blocks.ids) for blocks in ranges] + [0] * num_added,
-        starts + starts[-1:] * num_added,
-        [block_id for blocks in ranges for block_id in blocks.ids + [0] * (max_blocks - len(blocks.ids))],
-    ]
-    numbers = torch.tensor([number for column in columns for number in column], dtype=torch.int32)
-    if device.type == "cuda":
-        numbers = numbers.pin_memory()
-    sizes = [len(column) for column in columns]
-    slots, positions, exact_starts, first_visible, block_starts, num_blocks, work_starts, ids = torch.split(
-        numbers.to(device, non_blocking=True), sizes
-    )
-    return DecodeTables(
-        slots=slots,
-        positions=positions,
-        exact_starts=exact_starts,
-        first_visible=first_visible,
-        block_tables=ids.view(len(chunks), max_blocks),
-        block_starts=block_starts,
-        num_blocks=num_blocks,
-        work_starts=work_starts,
-        has_free_rows=num_rows is not None,
-    )
 
 
 def _exact_positions(positions: Tensor, timeline: Timeline) -> Tensor:
@@ -261,7 +206,7 @@ def _exact_positions(positions: Tensor, timeline: Timeline) -> Tensor:
 
     Places that nothing was written to yet get positions above the newest, or of sinks and below.
     """
-    places = torch.arange(timeline.num_exact)
+    places = torch.arange(timeline.num_exact, device=positions.device)
     in_ring = places - timeline.num_sinks
     newest = positions - timeline.num_sinks
     ring = timeline.num_sinks + newest - (newest - in_ring) % timeline.ring_size

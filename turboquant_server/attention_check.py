@@ -216,7 +216,9 @@ def _paged_logits(
     for index, tokens in enumerate(prompts):
         prompt = tokens[: max(1, len(tokens) - NUM_DECODED)]
         scheduler.add(
-            Request(str(index), prompt, SamplingParams(max_tokens=1), Detokenizer(tokenizer, prompt))
+            Request(
+                str(index), prompt, SamplingParams(max_tokens=len(tokens)), Detokenizer(tokenizer, prompt)
+            )
         )
     while scheduler.running or scheduler.waiting:
         batch = scheduler.schedule()

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from turboquant_server.attention_check import ModelAttention
     from turboquant_server.config import ServerConfig
+    from turboquant_server.engine.compiled_forward import CompiledForward
 
 # Attention on the store reads the past in pieces: a past of more tokens takes no more scratch.
 MEASURED_PAST = 4096
@@ -41,6 +42,7 @@ def size_cache(
     attention: ModelAttention,
     layers: dict[int, StoreLayer],
     max_model_len: int,
+    compiled: CompiledForward | None = None,
 ) -> CacheSize:
     """Return the cache that the device has room for, as the flags say.
 
@@ -67,7 +69,9 @@ def size_cache(
         return divide(budget)  # what is left of the machine's memory is enough for the steps
     left = budget - in_use - CUDA_RESERVE
     if left > 0:
-        left -= _measure_scratch(config, model, tokenizer, attention, layers, divide(left), max_model_len)
+        left -= _measure_scratch(
+            config, model, tokenizer, attention, layers, divide(left), max_model_len, compiled
+        )
     if left <= 0:
         raise ModelLoadError(
             f"the weights take {format_bytes(in_use)} of {format_bytes(budget)} and leave no memory for a "
@@ -114,6 +118,7 @@ def _measure_scratch(
     layers: dict[int, StoreLayer],
     size: CacheSize,
     max_model_len: int,
+    compiled: CompiledForward | None,
 ) -> int:
     """Return the most bytes that a step takes beside the weights and a cache of this size."""
     length = min(max_model_len, open_manager(attention, size, caches_prefixes=False).max_tokens) - 1
@@ -124,7 +129,7 @@ def _measure_scratch(
     store, states = build_store(attention, layers, small, model.dtype, model.device)
     cache = open_manager(attention, small, caches_prefixes=False).open([0] * length, length)
     assert cache is not None and cache.extend(0, length + 1), "the cache has room for this request"
-    runner = ModelRunner(model, store, states, is_paged=attention.is_paged)
+    runner = ModelRunner(model, store, states, is_paged=attention.is_paged, compiled=compiled)
     # Sorting for top_p takes most.
     params = SamplingParams(max_tokens=1, top_p=0.9)
     tokens = [0] * (length + 1)
@@ -138,7 +143,7 @@ def _measure_scratch(
     torch.cuda.reset_peak_memory_stats(model.device)
     decode = ScheduledRequest(request, [Chunk(cache, length, length + 1, length)])
     logits = runner.forward([decode] * size.num_slots, is_decode=True)
-    sample(torch.stack(logits), [SamplingRow(params, 0, 0, length)] * size.num_slots)
+    sample(logits, [SamplingRow(params, 0, 0, length)] * size.num_slots)
     decode_bytes = torch.cuda.max_memory_allocated(model.device) - before
     # Graphs keep their memory.
     has_graphs = runner.can_capture and not config.enforce_eager

@@ -17,6 +17,7 @@ from turboquant_server.cache_memory import build_store, open_manager, size_cache
 from turboquant_server.cache_plan import plan_cache
 from turboquant_server.cache_size import TIMELINE, format_bytes
 from turboquant_server.engine.async_engine import AsyncEngine
+from turboquant_server.engine.compiled_forward import compile_forward
 from turboquant_server.engine.engine import Engine
 from turboquant_server.engine.model_runner import ModelRunner
 from turboquant_server.engine.scheduler import Scheduler
@@ -79,7 +80,13 @@ class ModelManager:
             if attention.is_paged:
                 use_paged_attention(model)
             layers = self._cache_plan.store_layers(attention)
-            self._cache_size = size_cache(self._config, model, tokenizer, attention, layers, max_model_len)
+            compiled = None
+            if attention.is_paged and not attention.state_bytes and not self._config.enforce_eager:
+                # Before there is a cache, so that it gets no memory that the compiled forward takes.
+                compiled = compile_forward(model, self._config.max_num_batched_tokens)
+            self._cache_size = size_cache(
+                self._config, model, tokenizer, attention, layers, max_model_len, compiled
+            )
             self._cache_manager = open_manager(
                 attention, self._cache_size, caches_prefixes=not self._config.no_prefix_caching
             )
@@ -98,7 +105,7 @@ class ModelManager:
         self.tokenizer: PreTrainedTokenizerBase = tokenizer
         self._model: PreTrainedModel = model
         embeddings: Any = model.get_input_embeddings()
-        runner = ModelRunner(model, store, states, is_paged=attention.is_paged)
+        runner = ModelRunner(model, store, states, is_paged=attention.is_paged, compiled=compiled)
         if runner.can_capture and not self._config.enforce_eager:
             runner.capture_graphs(self._cache_size.num_slots, self.max_model_len)
         engine = Engine(
@@ -111,6 +118,7 @@ class ModelManager:
             find_eos_token_ids(model, tokenizer),
             vocab_size=embeddings.num_embeddings,
             max_model_len=self.max_model_len,
+            overlaps_steps=model.device.type == "cuda",
         )
         self.engine = AsyncEngine(engine)
         self.engine.start()

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from turboquant_core.block_codec import BlockCodec
 from turboquant_core.block_quantizer import KEY_SCALE, VALUE_SCALE, BlockQuantizer
+from turboquant_core.decode_buffers import DecodeBuffers
 from turboquant_core.exact_codec import ExactCodec
 from turboquant_core.paged_store import PagedStore, StoreLayer
 from turboquant_core.reference import AttentionOptions, Codec
 from turboquant_core.request_cache import CacheManager, RequestCache, Visibility
-from turboquant_core.step_plan import Chunk, plan_decode
+from turboquant_core.step_plan import Chunk, DecodePlan
 from turboquant_core.timeline import Timeline
 from turboquant_core.transform import Transform
 
@@ -105,6 +106,17 @@ def _without_rounding(num_heads: int, dim: int, seed: int) -> Transform:
     return Transform(matrix, inverse)
 
 
+def plan_of(
+    chunks: list[Chunk], visibility: Visibility, timeline: Timeline, device: torch.device = CPU
+) -> DecodePlan:
+    """Return the plan of a step by itself."""
+    num_slots = 1 + max(chunk.cache.slot for chunk in chunks)
+    buffers = DecodeBuffers([visibility], timeline, num_slots, device)
+    buffers.fill(chunks)
+    [plan] = buffers.plans(len(chunks))
+    return plan
+
+
 @dataclass
 class Request:
     """One request and what it got.
@@ -158,6 +170,7 @@ class Engine:
             dtype=dtype,
             device=device,
         )
+        self.buffers = DecodeBuffers(visibilities, timeline, num_slots, device)
         for records in self.store.records.values():
             records.fill_(255)
         for tensor in itertools.chain(*self.store.exact.values()):
@@ -225,15 +238,14 @@ class Engine:
         chunks = [self._chunk(r, r.num_computed, r.num_computed + 1) for r in requests]
         new = [request.tokens.part(request.num_computed, request.num_computed + 1) for request in requests]
         states = [torch.cat(rows).to(self.store.device) for rows in zip(*new, strict=True)]
-        plans = [
-            plan_decode(chunks, group, visibility, self.timeline, self.store.device)
-            for group, visibility in enumerate(self.store.visibilities)
-        ]
+        self.buffers.fill(chunks)
+        plans = self.buffers.plans(len(chunks))
         for index, layer in enumerate(self.layers):
             plan = plans[self.store.layers[index].group]
             outputs = self.store.decode(index, *states, plan, layer.options)
             for request, output in zip(requests, outputs, strict=True):
                 request.outputs[index, request.num_computed] = output
+        self.store.make_due_blocks(chunks)
         for request in requests:
             request.num_computed += 1
 

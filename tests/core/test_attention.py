@@ -21,16 +21,18 @@ from turboquant_core.attention import (
     PrefillAttention,
     UnsupportedAttentionError,
     forward_context,
+    traceable_forward,
     use_paged_attention,
     use_plain_attention,
 )
 from turboquant_core.cache import cache_argument
+from turboquant_core.decode_buffers import DecodeBuffers
 from turboquant_core.exact_codec import ExactCodec
 from turboquant_core.layer_probe import layer_visibilities, probe_paged_layers
 from turboquant_core.paged_store import PagedStore, StoreLayer
 from turboquant_core.reference import AttentionOptions
 from turboquant_core.request_cache import CacheManager
-from turboquant_core.step_plan import Chunk, plan_decode
+from turboquant_core.step_plan import Chunk
 from turboquant_core.timeline import Timeline
 
 TIMELINE = Timeline(residual_length=64, segment_size=64)
@@ -60,13 +62,15 @@ class Recorder:
         return queries.new_zeros(*queries.shape[:2], values.shape[2])
 
 
-def attend(cache: PassThroughCache, layer_idx: int | None, **options: Any) -> Tensor:
+def attend(
+    cache: PassThroughCache, layer_idx: int | None, module: nn.Module | None = None, **options: Any
+) -> Tensor:
     """Attend as a layer of transformers does with 2 rows of 3 tokens; without an index it gives no keys."""
     queries, keys, values = (torch.randn(2, heads, 3, dim) for heads, dim in ((4, 16), (2, 16), (2, 8)))
     if layer_idx is not None:
         keys, values = cache.update(keys, values, layer_idx)
     output, weights = ALL_ATTENTION_FUNCTIONS[ATTENTION_NAME](
-        nn.Module(), queries, keys, values, None, **options
+        module or nn.Module(), queries, keys, values, None, **options
     )
     assert weights is None
     return output
@@ -191,6 +195,32 @@ def test_layers_that_share_keys_attend_to_what_another_layer_wrote(name: str) ->
 
 @pytest.mark.parametrize("name", ["llama", *SHARED])
 @torch.inference_mode()
+def test_a_traced_forward_attends_to_the_same_layers(name: str) -> None:
+    model = architectures.build(name)
+    assert use_paged_attention(model)
+    cache, token_ids, positions = PassThroughCache(model.config), torch.tensor([[5, 6, 7]]), [[0, 1, 2]]
+    untraced, traced = Recorder(), Recorder()
+    with traceable_forward(untraced):
+        run(model, cache, token_ids, positions)
+    torch._dynamo.reset()
+    with forward_context(traced):
+        torch.compile(run, backend="eager", fullgraph=True)(model, cache, token_ids, positions)
+    assert traced.calls == untraced.calls
+    for states, others in zip(traced.states, untraced.states, strict=True):
+        for one, other in zip(states, others, strict=True):
+            torch.testing.assert_close(one, other)
+    assert traced.options == untraced.options
+
+
+def test_a_module_that_attends_for_several_layers_cannot_be_traced(cache: PassThroughCache) -> None:
+    module = nn.Module()
+    with pytest.raises(UnsupportedAttentionError, match="several layers"), traceable_forward(Recorder()):
+        attend(cache, 0, module)
+        attend(cache, 1, module)
+
+
+@pytest.mark.parametrize("name", ["llama", *SHARED])
+@torch.inference_mode()
 def test_logits_on_a_store_are_those_of_the_plain_model(name: str) -> None:
     """A prompt of several chunks in one forward, then tokens that others are generated beside."""
     model = architectures.build(name)
@@ -218,6 +248,7 @@ def test_logits_on_a_store_are_those_of_the_plain_model(name: str) -> None:
         layers, groups, TIMELINE, num_blocks=num_blocks, num_slots=2, dtype=torch.float32, device=CPU
     )
     assert sorted(store.records) == ([0, 1] if name in SHARED else [0, 1, 2, 3])
+    buffers = DecodeBuffers(groups, TIMELINE, 2, CPU)
     caches = []
     for row in (0, 1):
         cache = manager.open(token_ids[row, :200].tolist(), 200)
@@ -235,8 +266,8 @@ def test_logits_on_a_store_are_those_of_the_plain_model(name: str) -> None:
     for position in range(200, 215):
         assert all(cache.extend(position, position + 1) for cache in caches)
         chunks = [Chunk(cache, position, position + 1, 200) for cache in caches]
-        plans = [plan_decode(chunks, i, groups[i], TIMELINE, CPU) for i in range(len(groups))]
-        with forward_context(DecodeAttention(store, plans)):
+        buffers.fill(chunks)
+        with forward_context(DecodeAttention(store, buffers.plans(2))):
             new = token_ids[:, position : position + 1]
             logits = run(model, PassThroughCache(model.config), new, [[position], [position]])
         torch.testing.assert_close(logits[:, 0], expected[:, position], rtol=1e-4, atol=1e-4)

@@ -10,12 +10,12 @@ import itertools
 import pytest
 import torch
 from paged_reference import as_read, num_blocks_read, reference, relative_errors
-from paged_requests import CPU, FULL, SMALL, Engine, Layer, Request, Shape, make_codec, random_tokens
+from paged_requests import FULL, SMALL, Engine, Layer, Request, Shape, make_codec, plan_of, random_tokens
 from torch import Tensor
 
 from turboquant_core.reference import AttentionOptions
 from turboquant_core.request_cache import Visibility
-from turboquant_core.step_plan import Chunk, plan_decode
+from turboquant_core.step_plan import Chunk, due_blocks
 from turboquant_core.timeline import Timeline
 
 BITS = (None, (4, 4), (3, 2), (8, 4))
@@ -197,14 +197,15 @@ def test_a_layer_that_does_not_write_attends_to_what_another_has_written_token_b
     for position in range(310, 400):  # a block becomes due with the token at 323
         engine.decode(request)
         chunk = Chunk(request.cache, position, position + 1, 310)
-        plan = plan_decode([chunk], 0, FULL, SMALL, CPU)
-        engine.store.records[0][plan.new_block_ids] = 255
+        plan = plan_of([chunk], FULL, SMALL)
+        due = [block_id for _, block_id, _ in due_blocks([chunk], 0, SMALL)]
+        engine.store.records[0][due] = 255
         before = memory(engine)
         queries, keys, values = request.tokens.part(position, position + 1)
         outputs = engine.store.decode(0, queries, -keys, -values, plan, layer.options, writes=False)
         assert torch.equal(outputs[0], request.outputs[0, position])
         assert all(map(torch.equal, memory(engine), before))
-        if plan.new_block_ids.numel():
+        if due:
             break
     assert position == 323
 

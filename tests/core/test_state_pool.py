@@ -45,11 +45,11 @@ def run(
     """Return logits of tokens ``[num_rows, num_tokens]`` that start at a position of their requests."""
     cache = PassThroughCache(model.config)
     if pool is not None and start > 0:
-        pool.load(cache, slots)
+        pool.load(cache, torch.tensor(slots))
     with forward_context(_NoAttention()):
         logits: Tensor = model(input_ids=token_ids, use_cache=True, **{cache_argument(model): cache}).logits
     if pool is not None:
-        pool.store(cache, slots)
+        pool.store(cache, torch.tensor(slots))
     return logits
 
 

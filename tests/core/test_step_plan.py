@@ -5,20 +5,17 @@ from __future__ import annotations
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paged_requests import plan_of
 
 from turboquant_core.request_cache import CacheManager, RequestCache, Visibility
 from turboquant_core.step_plan import (
     Chunk,
     DecodePlan,
-    decode_work,
-    make_decode_tables,
+    due_blocks,
     new_blocks,
-    plan_decode,
     visible_blocks,
 )
 from turboquant_core.timeline import Timeline
-
-CPU = torch.device("cpu")
 
 visibilities = st.one_of(
     st.just(Visibility()),
@@ -92,7 +89,7 @@ def test_a_new_token_sees_each_visible_token_once(
 ) -> None:
     manager = make_manager(timeline, visibility)
     chunks = [open_at(manager, prompt + more, prompt + more + 1, prompt) for prompt, more in batch]
-    plan = plan_decode(chunks, 0, visibility, timeline, CPU)
+    plan = plan_of(chunks, visibility, timeline)
     assert plan.owners.tolist() == sorted(plan.owners.tolist())
     for row, chunk in enumerate(chunks):
         position, held = chunk.start, held_in_slot(chunk.start, timeline)
@@ -117,19 +114,18 @@ def test_a_block_is_made_when_its_tokens_are_the_oldest_in_the_slot(
         to_block_end = -(prompt + more + 1 - timeline.num_sinks) % 64
         position = prompt + more + (to_block_end if row % 2 == 0 else 0)
         chunks.append(open_at(manager, position, position + 1, prompt))
-    plan = plan_decode(chunks, 0, visibility, timeline, CPU)
+    due = due_blocks(chunks, 0, timeline)
     rows = {chunk.cache.slot: row for row, chunk in enumerate(chunks)}
-    made = {rows[slot]: index for index, slot in enumerate(plan.new_slots.tolist())}
-    assert len(made) == len(plan.new_slots) == len(plan.new_starts) == len(plan.new_block_ids)
+    made = {rows[slot]: (block_id, start) for slot, block_id, start in due}
+    assert len(made) == len(due)
     for row, chunk in enumerate(chunks):
         past_sinks = chunk.end - timeline.num_sinks - timeline.residual_length
         in_prompt = timeline.num_blocks(chunk.num_prompt_tokens, chunk.num_prompt_tokens)
         is_due = past_sinks % 64 == 0 and past_sinks // 64 > in_prompt
         assert (row in made) == is_due
         if is_due:
-            index, held = made[row], held_in_slot(chunk.start, timeline)
-            start = int(plan.new_starts[index])
-            tokens = block_tokens(chunk.cache, int(plan.new_block_ids[index]), timeline)
+            (block_id, start), held = made[row], held_in_slot(chunk.start, timeline)
+            tokens = block_tokens(chunk.cache, block_id, timeline)
             assert [held[place] for place in range(start, start + 64)] == list(tokens)
             assert tokens.start == timeline.num_sinks + past_sinks - 64
 
@@ -175,26 +171,9 @@ def test_rows_have_the_slots_of_their_requests(order: list[int], count: int) -> 
     manager = make_manager(timeline, Visibility())
     opened = [open_at(manager, 5, 6, 5) for _ in range(6)]
     chunks = [opened[index] for index in order[:count]]
-    plan = plan_decode(chunks, 0, Visibility(), timeline, CPU)
+    plan = plan_of(chunks, Visibility(), timeline)
     slots = [chunk.cache.slot for chunk in chunks]
     assert plan.slots.tolist() == slots
     assert torch.arange(8)[plan.slot_rows].tolist() == slots
     assert plan.block_mask is None
-    assert plan.block_ids.numel() == plan.new_block_ids.numel() == 0
-
-
-def test_tables_may_have_rows_without_a_request() -> None:
-    timeline = Timeline()
-    manager = make_manager(timeline, Visibility())
-    chunks = [open_at(manager, position, position + 1, 20) for position in (900, 30)]
-    tables = make_decode_tables(chunks, 0, Visibility(), timeline, CPU)
-    padded = make_decode_tables(chunks, 0, Visibility(), timeline, CPU, num_rows=5)
-    assert padded.slots.tolist() == [*tables.slots.tolist(), -1, -1, -1]
-    assert padded.num_blocks.tolist() == [*tables.num_blocks.tolist(), 0, 0, 0]
-    ends = tables.work_starts.tolist()
-    first, second = (decode_work(int(count), timeline) for count in tables.num_blocks)
-    assert ends == [0, first, first + second]
-    assert padded.work_starts.tolist() == [*ends, ends[-1], ends[-1], ends[-1]]
-    assert torch.equal(padded.block_tables, tables.block_tables)
-    alone = make_decode_tables([], 0, Visibility(), timeline, CPU, num_rows=2)
-    assert (alone.slots.tolist(), alone.work_starts.tolist()) == ([-1, -1], [0, 0, 0])
+    assert plan.block_ids.numel() == 0

@@ -150,7 +150,7 @@ def test_outputs_have_the_error_of_the_models_arithmetic(shape: Shape, dtype: to
 
 
 @pytest.mark.parametrize("bits", [(4, 3), None])
-def test_due_blocks_of_all_layers_are_those_that_each_layer_makes(bits: tuple[int, int] | None) -> None:
+def test_due_blocks_of_all_layers_are_made_of_their_oldest_tokens(bits: tuple[int, int] | None) -> None:
     shape = Shape(2, 1, 32, 16)
     layers = [
         Layer(make_codec(bits, shape), visibility, AttentionOptions(0.2))
@@ -165,17 +165,21 @@ def test_due_blocks_of_all_layers_are_those_that_each_layer_makes(bits: tuple[in
     engine.store.uses_kernels = False
     engine.decode_all(*requests)
     chunks = [Chunk(request.cache, 195, 196, 100) for request in requests]
+    ids = []
+    for index in range(3):
+        due = due_blocks(chunks, engine.store.layers[index].group, SMALL)
+        ids.append([block_id for _, block_id, _ in due])
+        assert len(ids[index]) == 2
+    expected = []
+    for index, layer in enumerate(layers):
+        slots = [request.cache.slot for request in requests]
+        tokens = [exact[slots, :, 68 : 68 + 64].transpose(0, 1) for exact in engine.store.exact[index]]
+        expected.append(layer.codec.encode(*tokens).transpose(0, 1))
     for uses_kernels in (False, True):
         engine.store.uses_kernels = uses_kernels
-        for group in range(2):
-            due = due_blocks(chunks, group, SMALL)
-            ids = [block_id for _, block_id, _ in due]
-            assert len(ids) == 2
-            of_group = [index for index in range(3) if engine.store.layers[index].group == group]
-            expected = {index: engine.store.records[index][ids].clone() for index in of_group}
-            for index in of_group:
-                engine.store.records[index][ids] = 255
-            engine.store.make_due_blocks(group, due)
-            for index, records in expected.items():
-                made = engine.store.records[index][ids]
-                assert (made == records).double().mean() > 0.99
+        for index in range(3):
+            engine.store.records[index][ids[index]] = 255
+        engine.store.make_due_blocks(chunks)
+        for index in range(3):
+            made = engine.store.records[index][ids[index]]
+            assert (made == expected[index]).double().mean() > 0.99

@@ -10,13 +10,21 @@ import pytest
 import torch
 
 from turboquant_server.config import ServerConfig
-from turboquant_server.engine import model_runner
+from turboquant_server.engine import compiled_forward, model_runner
+from turboquant_server.engine.pending_step import PendingStep
 from turboquant_server.engine.sampling_params import SamplingParams
+from turboquant_server.engine.scheduler import ScheduledBatch
 from turboquant_server.model_manager import ModelManager
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
 DEMO = Path(__file__).resolve().parents[2] / "turboquant_server" / "demo"
+
+
+@pytest.fixture(autouse=True)
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compile nothing: compiled code rounds otherwise, and what graphs change is the question here."""
+    monkeypatch.setattr(compiled_forward, "BACKENDS", {})
 
 
 def answers(*, enforce_eager: bool = False, has_graphs: bool = True) -> list[list[int]]:
@@ -74,3 +82,44 @@ def test_a_model_that_cannot_be_captured_is_served_without(
     with caplog.at_level(logging.WARNING):
         answers(has_graphs=False)
     assert any("decode steps run without CUDA graphs" in message for message in caplog.messages)
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+@pytest.mark.parametrize("enforce_eager", [False, True])
+def test_launching_a_step_waits_for_nothing(monkeypatch: pytest.MonkeyPatch, enforce_eager: bool) -> None:
+    launch = model_runner.ModelRunner.launch
+    num_launched = 0
+
+    def launch_or_raise(runner: model_runner.ModelRunner, batch: ScheduledBatch) -> PendingStep:
+        nonlocal num_launched
+        num_launched += 1
+        # The first steps load what libraries need.
+        torch.cuda.set_sync_debug_mode("error" if num_launched > 3 else "default")
+        try:
+            return launch(runner, batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(model_runner.ModelRunner, "launch", launch_or_raise)
+    manager = ModelManager(
+        ServerConfig(dtype="bfloat16", kv_cache_memory=2**30, max_num_seqs=12, enforce_eager=enforce_eager)
+    )
+    manager.load()
+    try:
+        prompts = [[5 + (index + i) % 200 for i in range(50 + 400 * index)] for index in range(6)]
+
+        async def count(index: int) -> int:
+            params = SamplingParams(
+                max_tokens=150, temperature=index % 3, top_p=0.9, seed=1, n=1 + index % 2, ignore_eos=True
+            )
+            outputs = manager.engine.generate(prompts[index], params, str(index))
+            return sum([len(output.token_ids) async for output in outputs])
+
+        async def count_all() -> list[int]:
+            return await asyncio.gather(*(count(index) for index in range(6)))
+
+        assert asyncio.run(count_all()) == [150, 300] * 3
+        assert num_launched > 150
+        manager.check_integrity()
+    finally:
+        manager.unload()

@@ -14,12 +14,12 @@ from turboquant_core import (
     BlockQuantizer,
     CacheManager,
     Chunk,
+    DecodeBuffers,
     ExactCodec,
     PagedStore,
     StoreLayer,
     Timeline,
     Visibility,
-    plan_decode,
 )
 from turboquant_server.config import ServerConfig
 from turboquant_server.engine.sampling_params import SamplingParams
@@ -41,6 +41,7 @@ def run_store(device: torch.device, visibility: Visibility) -> list[torch.Tensor
     store = PagedStore(
         {0: layer}, [visibility], timeline, num_blocks=[40], num_slots=2, dtype=torch.float32, device=device
     )
+    buffers = DecodeBuffers([visibility], timeline, 2, device)
     num_prompt_tokens, num_tokens = 1300, 1370
     generator = torch.Generator().manual_seed(0)
     queries, keys, values = (
@@ -60,9 +61,11 @@ def run_store(device: torch.device, visibility: Visibility) -> list[torch.Tensor
     for position in range(num_prompt_tokens, num_tokens):
         assert cache.extend(position, position + 1)
         chunk = Chunk(cache, position, position + 1, num_prompt_tokens)
-        plan = plan_decode([chunk], 0, visibility, timeline, device)
+        buffers.fill([chunk])
+        [plan] = buffers.plans(1)
         new = slice(position, position + 1)
         outputs.append(store.decode(0, queries[new], keys[new], values[new], plan, options))
+        store.make_due_blocks([chunk])
     return [output.cpu() for output in outputs]
 
 

@@ -149,6 +149,7 @@ class Bench:
         max_num_batched_tokens: Most tokens of prompts in a step.
         caches_prefixes: Whether prompts find blocks of earlier ones.
         eos_token_ids: Tokens that end an answer.
+        overlaps_steps: Whether a step is launched before the one before it is taken in.
     """
 
     def __init__(
@@ -165,6 +166,7 @@ class Bench:
         max_num_batched_tokens: int = 2048,
         caches_prefixes: bool = True,
         eos_token_ids: Iterable[int] = (0, 2),
+        overlaps_steps: bool = False,
     ) -> None:
         inner = copy.deepcopy(model)
         attention = attention or _plain_attention(inner.config)
@@ -190,6 +192,7 @@ class Bench:
             eos_token_ids=frozenset(eos_token_ids),
             vocab_size=inner.config.vocab_size,
             max_model_len=max_model_len,
+            overlaps_steps=overlaps_steps,
         )
 
     def run(self) -> dict[str, list[RequestOutput | RequestFailedError]]:

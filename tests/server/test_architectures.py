@@ -65,7 +65,8 @@ def run_with_engine(model: PreTrainedModel, prompts: list[list[int]]) -> list[di
     for index, token_ids in enumerate(prompts):
         prompt = token_ids[:-NUM_GENERATED]
         detokenizer = Detokenizer(build_tokenizer(), prompt)
-        scheduler.add(Request(str(index), prompt, SamplingParams(max_tokens=1), detokenizer))
+        params = SamplingParams(max_tokens=len(token_ids))
+        scheduler.add(Request(str(index), prompt, params, detokenizer))
     computed: list[dict[int, Tensor]] = [{} for _ in prompts]
     while scheduler.running or scheduler.waiting:
         batch = scheduler.schedule()

@@ -13,11 +13,13 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from typing import Any, TypeVar, cast
 
 import pytest
+import torch
 from transformers import PreTrainedTokenizerFast
 
 from turboquant_core import CacheManager, Timeline, Visibility
 from turboquant_server.engine.async_engine import AsyncEngine, EngineDeadError
 from turboquant_server.engine.engine import Engine
+from turboquant_server.engine.pending_step import PendingStep, StepResult
 from turboquant_server.engine.request import FinishReason, Request, RequestFailedError, RequestOutput
 from turboquant_server.engine.sampling_params import SamplingParams
 from turboquant_server.engine.scheduler import ScheduledBatch, ScheduledRequest, Scheduler
@@ -40,19 +42,19 @@ class SteppedRunner:
         """Let no step through until the test releases ``steps``."""
         self.steps = threading.Semaphore(0)
 
-    def run(self, batch: ScheduledBatch) -> list[tuple[ScheduledRequest, list[int] | RequestFailedError]]:
+    def launch(self, batch: ScheduledBatch) -> PendingStep:
         self.in_step.set()
         assert self.steps.acquire(timeout=TIMEOUT)
         self.num_steps += 1
-        results: list[tuple[ScheduledRequest, list[int] | RequestFailedError]] = []
+        results: list[tuple[ScheduledRequest, StepResult]] = []
         for item in (*batch.prefills, *batch.decodes):
             is_complete = item.chunks[-1].end == item.request.num_tokens
             try:
                 self.act(item.request)
-                results.append((item, [TOKEN] * (1 + len(item.request.forks)) if is_complete else []))
+                results.append((item, range(1 + len(item.request.forks)) if is_complete else []))
             except RequestFailedError as error:
                 results.append((item, error))
-        return results
+        return PendingStep(results, torch.full((100,), TOKEN))
 
     def copy_slot(self, source: int, target: int) -> None:
         """Copy nothing: there is no model."""

@@ -77,12 +77,9 @@ class ScoredBench(Bench):
         runner = self.engine._model_runner
         plain_sample = runner._sample
 
-        def sample(computed: Sequence[tuple[ScheduledRequest, torch.Tensor]]) -> object:
-            for item, row in computed:
-                request = item.request
-                if item.chunks[-1].end < request.num_tokens:
-                    continue
-                for each in (request, *request.forks):
+        def sample(scheduled: Sequence[ScheduledRequest], logits: torch.Tensor) -> object:
+            for item, row in zip(scheduled, logits, strict=True):
+                for each in item.choices:
                     params = each.sampling_params
                     scores = row.double()
                     if params.temperature:
@@ -92,7 +89,7 @@ class ScoredBench(Bench):
                     gaps = self.gaps.setdefault((each.request_id, each.choice_index), [])
                     del gaps[each.num_output_tokens :]  # a fork that had to wait draws its first token again
                     gaps.append(float(best[0] - best[1]))
-            return plain_sample(computed)
+            return plain_sample(scheduled, logits)
 
         runner._sample = sample  # type: ignore[method-assign, assignment]
 
@@ -155,13 +152,15 @@ def test_a_pool_that_is_far_too_small_finishes_everything_by_preemption(
     drawn = SamplingParams(max_tokens=90, temperature=1.0, seed=5, ignore_eos=True)
     params = [greedy(90, ignore_eos=True)] * 4 + [drawn, replace(drawn, n=2)]
     roomy = Bench(model, tokenizer)
-    tight = ScoredBench(model, tokenizer, num_blocks=8)  # a choice ends with 3 blocks
+    # A choice ends with 3 blocks.
+    tight = ScoredBench(model, tokenizer, num_blocks=8, overlaps_steps=True)
     check_preempted(roomy, tight, dict(zip("abcdef", zip(prompts, params, strict=True), strict=True)))
 
 
+@pytest.mark.parametrize("overlaps_steps", [False, True])
 @pytest.mark.parametrize("name", ["gemma3_text", "qwen3_5_text", "jamba", "falcon"])
 def test_a_preempted_request_goes_on_with_its_windows_states_and_past(
-    name: str, tiny_tokenizer: PreTrainedTokenizerBase
+    name: str, overlaps_steps: bool, tiny_tokenizer: PreTrainedTokenizerBase
 ) -> None:
     model = architectures.build(name)
     options: dict[str, Any] = {
@@ -181,7 +180,7 @@ def test_a_preempted_request_goes_on_with_its_windows_states_and_past(
     }
     check_preempted(
         Bench(model, tiny_tokenizer, **options),
-        ScoredBench(model, tiny_tokenizer, num_blocks=4, **options),
+        ScoredBench(model, tiny_tokenizer, num_blocks=4, overlaps_steps=overlaps_steps, **options),
         requests,
     )
 

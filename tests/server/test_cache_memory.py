@@ -185,12 +185,10 @@ def test_the_scratch_is_that_of_the_largest_step_and_of_all_slots(
     steps: list[tuple[bool, list[list[tuple[int, int]]]]] = []
     rows: list[int] = []
 
-    def forward(
-        self: ModelRunner, scheduled: list[ScheduledRequest], *, is_decode: bool
-    ) -> list[torch.Tensor]:
+    def forward(self: ModelRunner, scheduled: list[ScheduledRequest], *, is_decode: bool) -> torch.Tensor:
         steps.append((is_decode, [[(chunk.start, chunk.end) for chunk in item.chunks] for item in scheduled]))
         assert all(item.request.num_tokens > item.chunks[-1].start for item in scheduled)
-        return [torch.zeros(128)] * len(scheduled)
+        return torch.zeros(len(scheduled), 128)
 
     monkeypatch.setattr(ModelRunner, "forward", forward)
     monkeypatch.setattr(cache_memory, "sample", lambda logits, parameters: rows.append(len(parameters)))
@@ -198,7 +196,7 @@ def test_the_scratch_is_that_of_the_largest_step_and_of_all_slots(
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1000)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 1234)
     measured = cache_memory._measure_scratch(
-        config, model, tiny_tokenizer, attention, layers, size, max_model_len
+        config, model, tiny_tokenizer, attention, layers, size, max_model_len, None
     )
     end = chunks[-1][1]
     assert measured == 234
@@ -215,7 +213,7 @@ def test_the_largest_step_really_runs(
         for function in ("reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"):
             monkeypatch.setattr(torch.cuda, function, lambda device: 0)
         cache_memory._measure_scratch(
-            ServerConfig(), model, tiny_tokenizer, attention, layers, size, MAX_MODEL_LEN
+            ServerConfig(), model, tiny_tokenizer, attention, layers, size, MAX_MODEL_LEN, None
         )
 
 
@@ -228,14 +226,12 @@ def test_what_does_not_fit_into_the_cache_is_not_measured(
     assert longest < 6144
     ends = []
 
-    def forward(
-        self: ModelRunner, scheduled: list[ScheduledRequest], *, is_decode: bool
-    ) -> list[torch.Tensor]:
+    def forward(self: ModelRunner, scheduled: list[ScheduledRequest], *, is_decode: bool) -> torch.Tensor:
         ends.append(scheduled[0].chunks[-1].end)
-        return [torch.zeros(128)] * len(scheduled)
+        return torch.zeros(len(scheduled), 128)
 
     monkeypatch.setattr(ModelRunner, "forward", forward)
     for function in ("reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"):
         monkeypatch.setattr(torch.cuda, function, lambda device: 0)
-    cache_memory._measure_scratch(ServerConfig(), model, tiny_tokenizer, attention, layers, size, 2**20)
+    cache_memory._measure_scratch(ServerConfig(), model, tiny_tokenizer, attention, layers, size, 2**20, None)
     assert ends == [longest - 1, longest]

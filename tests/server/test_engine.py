@@ -14,9 +14,11 @@ PROMPT = "<|im_start|>user\nWhat is the access code?<|im_end|>\n<|im_start|>assi
 MAX_MODEL_LEN = 2048
 
 
-@pytest.fixture
-def bench(tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast) -> Bench:
-    return Bench(tiny_model, tiny_tokenizer)
+@pytest.fixture(params=[False, True], ids=["one by one", "overlapped"])
+def bench(
+    request: pytest.FixtureRequest, tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast
+) -> Bench:
+    return Bench(tiny_model, tiny_tokenizer, overlaps_steps=request.param)
 
 
 def transformers_greedy(
@@ -111,7 +113,10 @@ def test_a_seed_gives_the_same_tokens_and_no_seed_gives_others(bench: Bench) -> 
     assert tokens_of(bench.generate([5], unseeded)) != tokens_of(bench.generate([5], unseeded))
 
 
-def test_requests_run_beside_each_other(bench: Bench) -> None:
+def test_requests_run_beside_each_other(
+    tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    bench = Bench(tiny_model, tiny_tokenizer)
     for request_id, length in (("a", 3), ("b", 1), ("c", 2)):
         bench.engine.add_request(request_id, [5, 6], greedy(length, ignore_eos=True))
     steps = []
@@ -135,11 +140,15 @@ def test_a_long_prompt_does_not_hold_up_running_answers(
     bench.run()
 
 
+@pytest.mark.parametrize("overlaps_steps", [False, True])
 @pytest.mark.parametrize("num_steps", [pytest.param(0, id="waiting"), 1, 2, 5])
 def test_an_abort_releases_the_cache_in_every_phase(
-    tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast, num_steps: int
+    tiny_model: PreTrainedModel,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    num_steps: int,
+    overlaps_steps: bool,
 ) -> None:
-    bench = Bench(tiny_model, tiny_tokenizer, max_num_batched_tokens=700)
+    bench = Bench(tiny_model, tiny_tokenizer, max_num_batched_tokens=700, overlaps_steps=overlaps_steps)
     bench.engine.add_request("r", [5] * 1200, greedy(100, ignore_eos=True, n=3))
     for _ in range(num_steps):
         bench.engine.step()

@@ -25,9 +25,11 @@ from turboquant_server.engine.sampling_params import SamplingParams
 PROMPTS = {"a": [5, 6, 7, 8, 9], "b": [10, 11], "c": [12] * 40}
 
 
-@pytest.fixture
-def bench(tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast) -> Bench:
-    return Bench(tiny_model, tiny_tokenizer)
+@pytest.fixture(params=[False, True], ids=["one by one", "overlapped"])
+def bench(
+    request: pytest.FixtureRequest, tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast
+) -> Bench:
+    return Bench(tiny_model, tiny_tokenizer, overlaps_steps=request.param)
 
 
 def add_all(bench: Bench, num_tokens: int) -> None:
@@ -169,9 +171,10 @@ def test_the_log_has_the_traceback_of_a_failed_request(
     assert "RuntimeError: bad kernel" in caplog.text
 
 
+@pytest.mark.parametrize("overlaps_steps", [False, True])
 @pytest.mark.parametrize("name", ["lfm2", "qwen3_5_text"])
 def test_a_failure_beside_it_does_not_make_a_recurrent_layer_go_on_twice(
-    name: str, tiny_tokenizer: PreTrainedTokenizerFast
+    name: str, overlaps_steps: bool, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     model = architectures.build(name)
     attention = find_attention(model, tiny_tokenizer, architectures.NUM_POSITIONS)
@@ -191,6 +194,7 @@ def test_a_failure_beside_it_does_not_make_a_recurrent_layer_go_on_twice(
             bits=None,
             max_num_batched_tokens=130,
             caches_prefixes=False,
+            overlaps_steps=overlaps_steps,
         )
         bench.model.spoil = keep
         if fails:

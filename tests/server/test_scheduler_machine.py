@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import pytest
+import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -25,6 +26,7 @@ from hypothesis.stateful import (
 from turboquant_core import BLOCK_SIZE, CacheManager, Chunk, RequestCache, Timeline, Visibility
 from turboquant_core.step_plan import new_blocks, visible_blocks
 from turboquant_server.engine.engine import Engine
+from turboquant_server.engine.pending_step import PendingStep, StepResult
 from turboquant_server.engine.request import Request, RequestFailedError, RequestStatus
 from turboquant_server.engine.sampling_params import SamplingParams
 from turboquant_server.engine.scheduler import ScheduledBatch, ScheduledRequest, Scheduler
@@ -76,12 +78,14 @@ class CheckingRunner:
         self.contents: dict[Request, list[int]] = {}
         self.random = random.Random(0)
         self.is_failing = False
+        self.max_model_len = 0
         self.batch = ScheduledBatch([], [])
+        self.tokens: list[int] = []  # of the newest step
 
     def copy_slot(self, source: int, target: int) -> None:
         self.slots[target] = self.slots[source]
 
-    def run(self, batch: ScheduledBatch) -> list[tuple[ScheduledRequest, list[int] | RequestFailedError]]:
+    def launch(self, batch: ScheduledBatch) -> PendingStep:
         self.batch = batch
         scheduled = [*batch.prefills, *batch.decodes]
         assert len({id(item.request) for item in scheduled}) == len(scheduled)
@@ -90,14 +94,23 @@ class CheckingRunner:
             assert [(chunk.start, chunk.end) for chunk in item.chunks] == [
                 (request.num_tokens - 1, request.num_tokens)
             ]
-            assert request.num_output_tokens
+            assert 0 < request.num_output_tokens < request.sampling_params.max_tokens
+            assert request.num_tokens < self.max_model_len
         for item in batch.prefills:
             self.check_cuts(item.request, item.chunks)
         self.check_budget(batch.prefills)
         for item in scheduled:
             for chunk in item.chunks:
                 self.compute(item.request, chunk)
-        return [(item, self.result(item)) for item in scheduled]
+        self.tokens = []
+        results = [(item, self.result(item)) for item in scheduled]
+        return PendingStep(results, torch.tensor(self.tokens, dtype=torch.int64))
+
+    def tokens_of(self, request: Request) -> list[int]:
+        """Return a request's tokens, that included which only the step before knows."""
+        *known, newest = request.token_ids
+        assert all(token_id >= 0 for token_id in known)
+        return [*known, newest if newest >= 0 else self.tokens[-1 - newest]]
 
     def check_cuts(self, request: Request, chunks: Sequence[Chunk]) -> None:
         timeline, num_prompt_tokens = self.setup.timeline, request.num_prompt_tokens
@@ -126,7 +139,7 @@ class CheckingRunner:
     def compute(self, request: Request, chunk: Chunk) -> None:
         cache, timeline = chunk.cache, self.setup.timeline
         assert request.cache is cache and request.status is RequestStatus.RUNNING
-        tokens = request.token_ids
+        tokens = self.tokens_of(request)
         if chunk.start and chunk.start != cache.num_hit_tokens:
             assert self.slots[cache.slot] == tokens[: chunk.start]
         self.slots[cache.slot] = tokens[: chunk.end]
@@ -144,21 +157,23 @@ class CheckingRunner:
         contents = self.contents.setdefault(request, [hash((request.cache_salt, *request.token_ids[:4]))])
         start = self.setup.timeline.num_sinks + BLOCK_SIZE * (len(contents) - 1)
         for first in range(start, num_tokens - BLOCK_SIZE + 1, BLOCK_SIZE):
-            contents.append(hash((contents[-1], *request.token_ids[first : first + BLOCK_SIZE])))
+            contents.append(hash((contents[-1], *self.tokens_of(request)[first : first + BLOCK_SIZE])))
         return contents[1:]
 
-    def result(self, item: ScheduledRequest) -> list[int] | RequestFailedError:
+    def result(self, item: ScheduledRequest) -> StepResult:
         request = item.request
         if self.is_failing:
             self.is_failing = False
             return RequestFailedError(request.request_id, "no luck")
         if item.chunks[-1].end < request.num_tokens:
             return []
-        return [self.random.randrange(EOS, 200) for _ in (request, *request.forks)]
+        first = len(self.tokens)
+        self.tokens += [self.random.randrange(EOS, 200) for _ in (request, *request.forks)]
+        return range(first, len(self.tokens))
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, overlaps_steps: bool) -> None:
         super().__init__()
         self.setup = setup
         self.num_added = 0
@@ -172,15 +187,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.opened: list[RequestCache] = []
         self.scheduler = Scheduler(self.open, setup.timeline, setup.budget, one_shot=setup.one_shot)
         self.runner = CheckingRunner(setup)
-        self.max_model_len = min(self.manager.max_tokens, MAX_PROMPT + 100)
-        assert self.max_model_len > MAX_PROMPT
+        self.runner.max_model_len = max_model_len = min(self.manager.max_tokens, MAX_PROMPT + 100)
+        assert max_model_len > MAX_PROMPT
         self.engine = Engine(
             self.scheduler,
             cast(Any, self.runner),
             cast(Any, SilentTokenizer()),
             (EOS,),
             vocab_size=VOCAB_SIZE,
-            max_model_len=self.max_model_len,
+            max_model_len=max_model_len,
+            overlaps_steps=overlaps_steps,
         )
         self.expected: dict[str, int] = {}  # how many choices of each request are to end
 
@@ -211,11 +227,12 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def step_once(self) -> None:
         oldest = min(self.scheduler.running, key=lambda request: request.arrival, default=None)
+        has_all_tokens = oldest is not None and oldest.is_complete
         num_preemptions = self.scheduler.num_preemptions
         self.opened.clear()
         outputs = self.engine.step()
         scheduled = [*self.runner.batch.prefills, *self.runner.batch.decodes]
-        if oldest is not None:
+        if oldest is not None and not has_all_tokens:
             assert oldest in [item.request for item in scheduled], "the oldest request was not served"
         if self.scheduler.num_preemptions == num_preemptions:
             caches = [item.chunks[0].cache for item in scheduled]
@@ -262,11 +279,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.manager.num_free_blocks == [num_blocks for _, num_blocks in self.setup.groups]
 
 
+@pytest.mark.parametrize("overlaps_steps", [False, True])
 @pytest.mark.parametrize(
     "setup", SETUPS, ids=lambda setup: f"budget {setup.budget}, {len(setup.groups)} groups"
 )
-def test_every_step_obeys_the_timeline_and_every_request_ends(setup: Setup) -> None:
+def test_every_step_obeys_the_timeline_and_every_request_ends(setup: Setup, overlaps_steps: bool) -> None:
     run_state_machine_as_test(
-        cast(Any, lambda: SchedulerMachine(setup)),
-        settings=settings(max_examples=60, stateful_step_count=30, deadline=None, derandomize=True),
+        cast(Any, lambda: SchedulerMachine(setup, overlaps_steps)),
+        settings=settings(max_examples=30, stateful_step_count=30, deadline=None, derandomize=True),
     )

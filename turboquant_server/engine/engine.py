@@ -1,10 +1,16 @@
-"""The loop: schedule, run, process. One thread owns an Engine; it knows neither asyncio nor HTTP."""
+"""The loop: schedule, launch, collect. One thread owns an Engine; it knows neither asyncio nor HTTP.
+
+Where steps overlap, a step is launched before the tokens of the one before it are known, which it finds on
+the device; the host takes these in while it runs. What was launched for a request that turns out to have
+ended is thrown away: device memory that the request gave back is written by later steps only, after it.
+"""
 
 from __future__ import annotations
 
 import logging
 import secrets
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 from turboquant_server.engine.detokenizer import Detokenizer
@@ -22,11 +28,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from turboquant_server.engine.model_runner import ModelRunner
-    from turboquant_server.engine.scheduler import ScheduledRequest, Scheduler
+    from turboquant_server.engine.pending_step import PendingStep
+    from turboquant_server.engine.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
 StepOutput: TypeAlias = RequestOutput | RequestFailedError
+
+
+@dataclass(frozen=True)
+class _LaunchedStep:
+    """A step whose tokens have not been taken in.
+
+    Attributes:
+        pending: What the device does.
+        choices: Those that get a token; its index in the request and its place in the step, or why it failed.
+    """
+
+    pending: PendingStep
+    choices: list[tuple[Request, int, int | RequestFailedError]]
 
 
 class Engine:
@@ -39,6 +59,8 @@ class Engine:
         eos_token_ids: Tokens that end an answer.
         vocab_size: Token ids that the model takes are below this.
         max_model_len: Most tokens of prompt and answer together.
+        overlaps_steps: Launch a step before the one before it has ended; a request that ends by what its
+            tokens are costs a token more then.
     """
 
     def __init__(
@@ -49,6 +71,8 @@ class Engine:
         eos_token_ids: Collection[int],
         vocab_size: int,
         max_model_len: int,
+        *,
+        overlaps_steps: bool = False,
     ) -> None:
         self.scheduler = scheduler
         self.vocab_size = vocab_size
@@ -56,6 +80,8 @@ class Engine:
         self._model_runner = model_runner
         self._tokenizer = tokenizer
         self._eos_token_ids = frozenset(eos_token_ids)
+        self._overlaps_steps = overlaps_steps
+        self._launched: list[_LaunchedStep] = []
 
     @property
     def has_unfinished_requests(self) -> bool:
@@ -91,6 +117,7 @@ class Engine:
                 seed=seed,
                 choice_index=index,
                 cache_salt=cache_salt.encode(),
+                max_model_len=self.max_model_len,
             )
             for index in range(sampling_params.n)
         ]
@@ -111,31 +138,46 @@ class Engine:
             self.scheduler.finish(choice, FinishReason.ABORT)
 
     def step(self) -> list[StepOutput]:
-        """Compute one step of all running requests and return their outputs and failures."""
-        batch = self.scheduler.schedule()
-        results = self._model_runner.run(batch)
-        return [output for scheduled, result in results for output in self._process(scheduled, result)]
+        """Launch one step of all running requests; return the outputs and failures of steps before it.
 
-    def _process(
-        self, scheduled: ScheduledRequest, result: list[int] | RequestFailedError
-    ) -> Iterator[StepOutput]:
-        """Take in what a step has computed of a request: a token for it and each of its forks, or none."""
-        request = scheduled.request
-        if request.status is not RequestStatus.RUNNING:
-            return  # another choice of the same request has just failed
-        if isinstance(result, RequestFailedError):
-            self.abort_request(request.request_id)
-            yield result
-            return
-        self.scheduler.advance(scheduled)
-        if not result:
-            return
-        for choice in (request, *self._fork(request)):
-            # A choice that has no slot yet will draw the same token again.
-            output = self._append(choice, result[choice.choice_index - request.choice_index])
-            yield output
-            if isinstance(output, RequestFailedError):
-                return
+        Unless it is to overlap with the next one, those of this step too.
+        """
+        step = self._launch()
+        steps, self._launched = [*self._launched, step], []
+        # A request that failed must not be in the next step.
+        if self._overlaps_steps and not step.pending.has_failures:
+            self._launched = [steps.pop()]
+        return [output for step in steps for output in self._collect(step)]
+
+    def _launch(self) -> _LaunchedStep:
+        pending = self._model_runner.launch(self.scheduler.schedule())
+        choices: list[tuple[Request, int, int | RequestFailedError]] = []
+        for scheduled, result in pending.results:
+            request = scheduled.request
+            if isinstance(result, RequestFailedError):
+                choices.append((request, request.num_tokens, result))
+                continue
+            self.scheduler.advance(scheduled)
+            if not result:
+                continue
+            for choice in (request, *self._fork(request)):
+                # A choice that has no slot yet will draw the same token again.
+                place = result[choice.choice_index - request.choice_index]
+                choices.append((choice, choice.num_tokens, place))
+                choice.token_ids.append(-1 - place)
+        return _LaunchedStep(pending, choices)
+
+    def _collect(self, step: _LaunchedStep) -> Iterator[StepOutput]:
+        """Wait for a step and take in what it has computed."""
+        token_ids = step.pending.token_ids()
+        for choice, index, result in step.choices:
+            if choice.status is RequestStatus.FINISHED:
+                continue  # by the token before, by an abort, or as another choice of the request has failed
+            if isinstance(result, RequestFailedError):
+                self.abort_request(choice.request_id)
+                yield result
+            else:
+                yield self._take_in(choice, index, token_ids[result])
 
     def _fork(self, request: Request) -> list[Request]:
         assert request.cache is not None
@@ -144,7 +186,8 @@ class Engine:
             self._model_runner.copy_slot(request.cache.slot, slot)
         return [fork for fork, _ in started]
 
-    def _append(self, request: Request, token_id: int) -> StepOutput:
+    def _take_in(self, request: Request, index: int, token_id: int) -> StepOutput:
+        """Return what the token with this index adds to a request."""
         if token_id == INVALID_TOKEN_ID:
             logger.error("request %s got logits that are not finite", request.request_id)
             self.abort_request(request.request_id)
@@ -152,34 +195,35 @@ class Engine:
                 "The model's output is not a number; a wider dtype, such as bfloat16 or float32, may help."
             )
             return RequestFailedError(request.request_id, message)
-        request.token_ids.append(token_id)
+        request.token_ids[index] = token_id
         try:
-            text, finish_reason = self._extend_text(request, token_id)
+            text, finish_reason = self._extend_text(request, index)
         except Exception:
             # A model may generate ids that its tokenizer cannot decode; only this request suffers.
             logger.exception("request %s generated token %d, which has no text", request.request_id, token_id)
             self.abort_request(request.request_id)
             return RequestFailedError(request.request_id, f"The tokenizer cannot decode token {token_id}.")
         if finish_reason is not None:
+            del request.token_ids[index + 1 :]
             self.scheduler.finish(request, finish_reason)
         return RequestOutput(
             request_id=request.request_id,
             text=text,
             token_ids=[token_id],
             num_prompt_tokens=request.num_prompt_tokens,
-            num_output_tokens=request.num_output_tokens,
+            num_output_tokens=index + 1 - request.num_prompt_tokens,
             finish_reason=finish_reason,
             num_cached_tokens=request.num_cached_tokens or 0,
             choice_index=request.choice_index,
         )
 
-    def _extend_text(self, request: Request, token_id: int) -> tuple[str, FinishReason | None]:
+    def _extend_text(self, request: Request, index: int) -> tuple[str, FinishReason | None]:
         """Return the text that a new token makes certain and, if it ends the answer, why."""
-        params, detokenizer = request.sampling_params, request.detokenizer
-        if token_id in self._eos_token_ids and not params.ignore_eos:
+        detokenizer, token_id = request.detokenizer, request.token_ids[index]
+        if token_id in self._eos_token_ids and not request.sampling_params.ignore_eos:
             return detokenizer.flush(), FinishReason.STOP
         text = detokenizer.append(token_id)
-        if request.num_output_tokens >= params.max_tokens or request.num_tokens >= self.max_model_len:
+        if index + 1 >= request.max_num_tokens:
             text += detokenizer.flush()
             return text, FinishReason.STOP if detokenizer.stopped else FinishReason.LENGTH
         return text, FinishReason.STOP if detokenizer.stopped else None

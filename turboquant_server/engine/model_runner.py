@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from itertools import accumulate, chain
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,25 +13,32 @@ from torch import Tensor
 from turboquant_core import (
     Chunk,
     DecodeAttention,
+    DecodeBuffers,
     DenseCache,
     PagedStore,
     PassThroughCache,
     PrefillAttention,
     StatePool,
-    cache_argument,
     forward_context,
-    plan_decode,
+    upload,
 )
 from turboquant_server.engine.decode_graphs import DecodeGraphs
-from turboquant_server.engine.request import Request, RequestFailedError
+from turboquant_server.engine.model_forward import ModelForward
+from turboquant_server.engine.pending_step import PendingStep, StepResult
+from turboquant_server.engine.request import RequestFailedError
 from turboquant_server.engine.sampler import SamplingRow, sample
 from turboquant_server.engine.scheduler import ScheduledBatch, ScheduledRequest
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
 
+    from turboquant_server.engine.compiled_forward import CompiledForward
+
 # Rows of logits that are sampled together; choices of one prompt have a copy of its row each.
 MAX_ROWS = 256
+
+# Requests and a token for each of their choices, int64 ``[num_choices]`` on the device; or why one failed.
+_Drawn: TypeAlias = tuple[Sequence[ScheduledRequest], Tensor | RequestFailedError]
 
 logger = logging.getLogger(__name__)
 
@@ -44,24 +51,32 @@ class ModelRunner:
         store: Holds the keys and values.
         states: Holds what recurrent layers remember, if the model has any.
         is_paged: The model attends on the store; otherwise it gets the past as it gets it in transformers.
+        compiled: Takes the place of the model's own forward.
 
     Attributes:
         graphs: Run decode steps of this many requests or less, if there are any: see `capture_graphs`.
     """
 
     def __init__(
-        self, model: PreTrainedModel, store: PagedStore, states: StatePool | None, *, is_paged: bool
+        self,
+        model: PreTrainedModel,
+        store: PagedStore,
+        states: StatePool | None,
+        *,
+        is_paged: bool,
+        compiled: CompiledForward | None = None,
     ) -> None:
         self.graphs: DecodeGraphs | None = None
         self._model = model
         self._store = store
         self._states = states
         self._is_paged = is_paged
-        self._cache_argument = cache_argument(model)
-        parameters = inspect.signature(model.forward).parameters
-        self._takes_positions = "position_ids" in parameters
-        # Only some positions' logits are needed; a long chunk's would take more memory than its cache.
-        self._takes_logits_to_keep = "logits_to_keep" in parameters
+        self._model_forward = ModelForward(model)
+        self._compiled = compiled
+        self._buffers = DecodeBuffers(
+            store.visibilities, store.timeline, store.num_slots, store.device, num_extra=2
+        )
+        self._tokens = torch.empty(0, dtype=torch.int64, device=store.device)  # of the newest step
 
     @property
     def can_capture(self) -> bool:
@@ -78,25 +93,39 @@ class ModelRunner:
             return self._call_model(input_ids, position_ids, wanted, cache)[:, 0]
 
         try:
-            self.graphs = DecodeGraphs(forward, self._store, max_batch, max_model_len)
+            self.graphs = DecodeGraphs(forward, self._store, self._buffers, max_batch, max_model_len)
         except Exception as error:  # whatever a model does that a graph cannot
             reason = str(error).partition("\n")[0]
             logger.warning("decode steps run without CUDA graphs: %s (%s)", reason, type(error).__name__)
 
-    def run(self, batch: ScheduledBatch) -> list[tuple[ScheduledRequest, list[int] | RequestFailedError]]:
-        """Compute one step.
+    @torch.inference_mode()
+    def launch(self, batch: ScheduledBatch) -> PendingStep:
+        """Start to compute one step; on a GPU, without waiting for it or for any step before.
+
+        Of the tokens that requests have, the newest may be some that only the step before knows.
 
         Returns:
-            For each request its new token and one for each of its forks, nothing while its prompt is
-            incomplete, or why it failed. The failure of one request leaves the others alone.
+            What becomes of each request. The failure of one leaves the others alone.
         """
-        computed = [
-            *zip(batch.prefills, self._compute(batch.prefills, is_decode=False), strict=True),
-            *zip(batch.decodes, self._compute(batch.decodes, is_decode=True), strict=True),
+        drawn = [
+            *self._compute(batch.prefills, is_decode=False),
+            *self._compute(batch.decodes, is_decode=True),
         ]
-        drawn = [(item, logits) for item, logits in computed if isinstance(logits, Tensor)]
-        tokens = iter(self._sample(drawn))
-        return [(item, next(tokens) if isinstance(logits, Tensor) else logits) for item, logits in computed]
+        results: list[tuple[ScheduledRequest, StepResult]] = []
+        parts = [self._tokens.new_empty(0)]
+        num_tokens = 0
+        for items, tokens in drawn:
+            if isinstance(tokens, RequestFailedError):
+                results += [(item, tokens) for item in items]
+                continue
+            parts.append(tokens)
+            for item in items:
+                first, num_tokens = num_tokens, num_tokens + len(item.choices)
+                results.append((item, range(first, num_tokens)))
+        all_tokens = torch.cat(parts)
+        # Where logits had no token, the next step may compute with any.
+        self._tokens = all_tokens.clamp(min=0)
+        return PendingStep(results, all_tokens)
 
     def copy_slot(self, source: int, target: int) -> None:
         """Give one slot what another holds."""
@@ -105,160 +134,165 @@ class ModelRunner:
             self._states.copy_slot(source, target)
 
     @torch.inference_mode()
-    def forward(self, scheduled: Sequence[ScheduledRequest], *, is_decode: bool) -> list[Tensor]:
-        """Compute tokens into the caches and return the logits ``[vocab_size]`` of each request's last one.
+    def forward(self, scheduled: Sequence[ScheduledRequest], *, is_decode: bool) -> Tensor:
+        """Compute tokens into the caches.
 
         Args:
             scheduled: At least one request.
             is_decode: Each has one chunk of one token.
+
+        Returns:
+            Logits ``[num_requests, vocab_size]`` of each one's last token, which the next call may overwrite.
         """
         if len(scheduled) > 1 and not self._is_batched(is_decode):
-            return [row for item in scheduled for row in self.forward([item], is_decode=is_decode)]
+            return torch.cat([self.forward([item], is_decode=is_decode) for item in scheduled])
         if not self._is_paged:
-            return [self._forward_dense(scheduled[0])]
-        if is_decode:
-            chunks = [item.chunks[0] for item in scheduled]
-            if self.graphs is not None:
-                newest = [
-                    item.request.token_ids[chunk.start] for item, chunk in zip(scheduled, chunks, strict=True)
-                ]
-                return list(self.graphs.run(newest, chunks))
-            plans = [
-                plan_decode(chunks, group, visibility, self._store.timeline, self._store.device)
-                for group, visibility in enumerate(self._store.visibilities)
-            ]
-            with forward_context(DecodeAttention(self._store, plans)):
-                return list(self._forward(scheduled, num_rows=len(scheduled)))
-        chunks = [chunk for item in scheduled for chunk in item.chunks]
-        with forward_context(PrefillAttention(self._store, self._store.plan_prefill(chunks))):
-            return list(self._forward(scheduled, num_rows=1))
+            return self._forward_dense(scheduled[0])
+        return self._forward_decode(scheduled) if is_decode else self._forward_prefill(scheduled)
 
     def _is_batched(self, is_decode: bool) -> bool:
         """Tell whether several requests go through the model at once."""
         # Layers that remember would take one prompt's tokens for the continuation of another's.
         return self._is_paged and (is_decode or self._states is None)
 
-    def _forward(self, scheduled: Sequence[ScheduledRequest], num_rows: int) -> Tensor:
-        """Run the model on all chunks in `num_rows` rows; return the last logits of each request."""
+    def _forward_prefill(self, scheduled: Sequence[ScheduledRequest]) -> Tensor:
+        """Run the model on all chunks in one row."""
         chunks = [chunk for item in scheduled for chunk in item.chunks]
-        counts = torch.tensor([sum(chunk.num_tokens for chunk in item.chunks) for item in scheduled])
-        wanted = counts.cumsum(0).sub_(1) if num_rows == 1 else torch.zeros(1, dtype=torch.int64)
         token_ids = [item.request.token_ids[c.start : c.end] for item in scheduled for c in item.chunks]
-        slots = [item.chunks[0].cache.slot for item in scheduled]
+        positions = [range(chunk.start, chunk.end) for chunk in chunks]
+        ends = accumulate(sum(chunk.num_tokens for chunk in item.chunks) for item in scheduled)
+        inputs = self._upload([[*chain(*token_ids)], [*chain(*positions)]])
+        wanted = self._upload([end - 1 for end in ends])
+        slots = self._upload([item.chunks[0].cache.slot for item in scheduled])
         cache = PassThroughCache(self._model.config)
-        return self._run_model(token_ids, chunks, num_rows, wanted, cache, slots).flatten(0, 1)
+        with forward_context(PrefillAttention(self._store, self._store.plan_prefill(chunks))):
+            return self._run_model(inputs[:, None], wanted, cache, slots, has_past=chunks[0].start > 0)[0]
+
+    def _forward_decode(self, scheduled: Sequence[ScheduledRequest]) -> Tensor:
+        """Run the model on the newest token of each request, each in its own row."""
+        chunks = [item.chunks[0] for item in scheduled]
+        newest = [item.request.token_ids[item.chunks[0].start] for item in scheduled]
+        num_rows = len(chunks) if self.graphs is None else self.graphs.num_rows(len(chunks))
+        self._buffers.fill(chunks, num_rows, self._places(newest))
+        input_ids = self._take(self._buffers.extra(num_rows))
+        if self.graphs is not None:
+            logits = self.graphs.run(input_ids)[: len(chunks)]
+            self._store.make_due_blocks(chunks)
+            return logits
+        inputs = torch.stack([input_ids, self._buffers.positions(num_rows)])[:, :, None]
+        slots = self._buffers.slots(num_rows).long()
+        cache = PassThroughCache(self._model.config)
+        with forward_context(DecodeAttention(self._store, self._buffers.plans(num_rows))):
+            return self._run_model(inputs, slots.new_zeros(1), cache, slots, has_past=True, decodes=chunks)[
+                :, 0
+            ]
 
     def _forward_dense(self, scheduled: ScheduledRequest) -> Tensor:
         """Run the model chunk by chunk, each with its past as one tensor."""
         for chunk in scheduled.chunks:
             token_ids = scheduled.request.token_ids[chunk.start : chunk.end]
+            known, places, positions = self._upload(
+                [*self._places(token_ids), [*range(chunk.start, chunk.end)]]
+            )
+            inputs = torch.stack([self._take((known, places)), positions])[:, None]
+            wanted, slots = self._upload([[chunk.num_tokens - 1], [chunk.cache.slot]])
             cache = DenseCache(self._model.config, self._store, chunk)
-            wanted = torch.tensor([chunk.num_tokens - 1])
-            logits = self._run_model([token_ids], [chunk], 1, wanted, cache, [chunk.cache.slot])
-        return logits[0, 0]
+            logits = self._run_model(inputs, wanted, cache, slots, has_past=chunk.start > 0)
+        return logits[0]
 
     def _run_model(
         self,
-        token_ids: Sequence[Sequence[int]],
-        chunks: Sequence[Chunk],
-        num_rows: int,
+        inputs: Tensor,
         wanted: Tensor,
         cache: Cache,
-        slots: list[int],
+        slots: Tensor,
+        *,
+        has_past: bool,
+        decodes: Sequence[Chunk] = (),
     ) -> Tensor:
-        """Return logits ``[num_rows, num_wanted, vocab_size]`` at the wanted places of each row."""
-        device = self._model.device
-        positions = [range(chunk.start, chunk.end) for chunk in chunks]
-        if self._states is not None and chunks[0].start > 0:
+        """Run the model on tokens and their positions, ``[2, num_rows, num_tokens]``; see `ModelForward`."""
+        if self._states is not None and has_past:
             self._states.load(cache, slots)
-        logits = self._call_model(
-            _rows(token_ids, num_rows, device), _rows(positions, num_rows, device), wanted.to(device), cache
-        )
+        logits = self._call_model(inputs[0], inputs[1], wanted, cache)
+        self._store.make_due_blocks(decodes)  # before states move on, as what fails is tried again
         if self._states is not None:
             self._states.store(cache, slots)
         return logits
 
-    def _call_model(self, input_ids: Tensor, position_ids: Tensor, wanted: Tensor, cache: Cache) -> Tensor:
-        options: dict[str, Any] = {self._cache_argument: cache}
-        if self._takes_positions:
-            options["position_ids"] = position_ids
-        if self._takes_logits_to_keep:
-            options["logits_to_keep"] = wanted
-        outputs = self._model(input_ids=input_ids, use_cache=True, return_dict=True, **options)
-        logits: Tensor = outputs.logits
-        return logits if self._takes_logits_to_keep else logits[:, wanted]
+    def _places(self, token_ids: Sequence[int]) -> list[list[int]]:
+        """Return tokens, and where each is among those of the step before, followed by these."""
+        first = len(self._tokens)
+        places = [first + i if token_id >= 0 else -1 - token_id for i, token_id in enumerate(token_ids)]
+        return [[max(0, token_id) for token_id in token_ids], places]
 
-    def _compute(
-        self, scheduled: Sequence[ScheduledRequest], *, is_decode: bool
-    ) -> list[Tensor | RequestFailedError]:
-        """Return each request's logits; if all together fail, each alone, so that only the culprit does."""
+    def _take(self, known_and_places: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        """Return the tokens that `_places` shows, int64 ``[num_tokens]``."""
+        known, places = known_and_places
+        return torch.cat([self._tokens, known]).index_select(0, places)
+
+    def _upload(self, numbers: Sequence[object]) -> Tensor:
+        return upload(numbers, torch.int64, self._store.device)
+
+    def _call_model(self, input_ids: Tensor, position_ids: Tensor, wanted: Tensor, cache: Cache) -> Tensor:
+        if self._compiled is not None:
+            return self._compiled(input_ids, position_ids, wanted)
+        return self._model_forward(input_ids, position_ids, wanted, cache)
+
+    def _compute(self, scheduled: Sequence[ScheduledRequest], *, is_decode: bool) -> list[_Drawn]:
+        """Compute and draw; if requests fail together, each alone, so that only the culprit does."""
         if not scheduled:
             return []
-        if len(scheduled) > 1 and self._states is not None and not (is_decode and self._is_paged):
-            # Each is a forward of its own, and states that have moved on cannot be tried again.
-            return [result for item in scheduled for result in self._compute([item], is_decode=is_decode)]
-        failures: list[RequestFailedError] = []
-        try:
-            return list(self.forward(scheduled, is_decode=is_decode))
-        except Exception as error:
-            if len(scheduled) == 1:
-                request_id = scheduled[0].request.request_id
-                logger.exception("request %s failed", request_id)
-                # The error itself stays here: its traceback holds the activations.
-                failures = [_failure(request_id, error)]
-            else:
-                logger.warning(
-                    "a step of %d requests failed and is tried again", len(scheduled), exc_info=True
-                )
-        if failures:
-            return list(failures)
+        logits = failure = None
+        # With states, prompts are forwards of their own, and states that have moved on cannot be tried again.
+        if len(scheduled) == 1 or self._states is None or self._is_batched(is_decode):
+            try:
+                logits = self.forward(scheduled, is_decode=is_decode)
+            except Exception as error:
+                if len(scheduled) == 1:
+                    # The error itself stays here: its traceback holds the activations.
+                    failure = _failure(scheduled[0], error)
+                else:
+                    logger.warning(
+                        "a step of %d requests failed and is tried again", len(scheduled), exc_info=True
+                    )
+        if logits is not None:
+            return self._sample(scheduled, logits)
+        if failure is not None:
+            return [(scheduled, failure)]
         # Computing the same tokens again leaves the same in the caches.
-        return [result for item in scheduled for result in self._compute([item], is_decode=is_decode)]
+        return [drawn for item in scheduled for drawn in self._compute([item], is_decode=is_decode)]
 
-    def _sample(
-        self, computed: Sequence[tuple[ScheduledRequest, Tensor]]
-    ) -> list[list[int] | RequestFailedError]:
+    def _sample(self, scheduled: Sequence[ScheduledRequest], logits: Tensor) -> list[_Drawn]:
         """Draw the tokens of each request's choices from its logits; like `_compute` in what fails."""
         try:
-            return [*self._draw(computed)]
+            return [(scheduled, self._draw(scheduled, logits))]
         except Exception as error:
-            if len(computed) == 1:
-                request_id = computed[0][0].request.request_id
-                logger.exception("request %s failed", request_id)
-                return [_failure(request_id, error)]
-            logger.warning("sampling for %d requests failed and is tried again", len(computed), exc_info=True)
-        return [result for item in computed for result in self._sample([item])]
-
-    @torch.inference_mode()
-    def _draw(self, computed: Sequence[tuple[ScheduledRequest, Tensor]]) -> list[list[int]]:
-        rows = [
-            (
-                logits,
-                SamplingRow(choice.sampling_params, choice.seed, choice.choice_index, item.chunks[-1].end),
+            if len(scheduled) == 1:
+                return [(scheduled, _failure(scheduled[0], error))]
+            logger.warning(
+                "sampling for %d requests failed and is tried again", len(scheduled), exc_info=True
             )
-            for item, logits in computed
-            for choice in _choices(item)
+        rows = zip(scheduled, logits, strict=True)
+        return [drawn for item, row in rows for drawn in self._sample([item], row[None])]
+
+    def _draw(self, scheduled: Sequence[ScheduledRequest], logits: Tensor) -> Tensor:
+        """Return a token for each choice."""
+        choices = [
+            (row, SamplingRow(choice.sampling_params, choice.seed, choice.choice_index, item.chunks[-1].end))
+            for row, item in enumerate(scheduled)
+            for choice in item.choices
         ]
-        tokens: list[int] = []
-        for start in range(0, len(rows), MAX_ROWS):
-            logits, parameters = zip(*rows[start : start + MAX_ROWS], strict=True)
-            tokens += map(int, sample(torch.stack(logits), parameters).tolist())
-        remaining = iter(tokens)
-        return [[next(remaining) for _ in _choices(item)] for item, _ in computed]
+        tokens = [self._tokens.new_empty(0)]
+        for start in range(0, len(choices), MAX_ROWS):
+            rows, parameters = zip(*choices[start : start + MAX_ROWS], strict=True)
+            is_whole = rows == tuple(range(len(logits)))
+            tokens.append(sample(logits if is_whole else logits[self._upload(rows)], parameters))
+        return torch.cat(tokens)
 
 
-def _choices(scheduled: ScheduledRequest) -> list[Request]:
-    """Return the choices that get a token when these chunks are computed."""
-    request = scheduled.request
-    return [request, *request.forks] if scheduled.chunks[-1].end == request.num_tokens else []
-
-
-def _rows(values: Sequence[Sequence[int]], num_rows: int, device: torch.device) -> Tensor:
-    flat = [number for part in values for number in part]
-    return torch.tensor(flat, device=device).view(num_rows, -1)
-
-
-def _failure(request_id: str, error: Exception) -> RequestFailedError:
+def _failure(scheduled: ScheduledRequest, error: Exception) -> RequestFailedError:
+    request_id = scheduled.request.request_id
+    logger.error("request %s failed", request_id, exc_info=error)
     if isinstance(error, torch.OutOfMemoryError):
         message = "The device ran out of memory on this request."
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -39,9 +40,12 @@ class Request:
         seed: What the sampler draws from.
         choice_index: Which of the request's choices this is.
         cache_salt: Only requests with the same one share blocks.
+        max_model_len: Most tokens of prompt and answer together.
 
     Attributes:
-        token_ids: The prompt's tokens, then the generated ones.
+        token_ids: The prompt's tokens, then the generated ones. One that only the device knows yet is -1 less
+            its place among the tokens of its step.
+        max_num_tokens: With so many tokens the answer is complete, whatever they are.
         num_computed_tokens: How many of ``token_ids`` lie in the cache.
         num_cached_tokens: How many of the prompt were found there at the first admission; None before.
         cache: The request's compressed KV cache while it runs, else None.
@@ -59,6 +63,7 @@ class Request:
         seed: int = 0,
         choice_index: int = 0,
         cache_salt: bytes = b"",
+        max_model_len: int = sys.maxsize,
     ) -> None:
         self.request_id = request_id
         self.sampling_params = sampling_params
@@ -70,6 +75,7 @@ class Request:
         self.arrival = 0
         self.token_ids = list(prompt_token_ids)
         self.num_prompt_tokens = len(prompt_token_ids)
+        self.max_num_tokens = min(len(prompt_token_ids) + sampling_params.max_tokens, max_model_len)
         self.num_computed_tokens = 0
         self.num_cached_tokens: int | None = None
         self.status = RequestStatus.WAITING
@@ -85,6 +91,11 @@ class Request:
     def is_decoding(self) -> bool:
         """Tell whether nothing but the last generated token is to be computed."""
         return self.num_prompt_tokens <= self.num_computed_tokens == self.num_tokens - 1
+
+    @property
+    def is_complete(self) -> bool:
+        """Tell whether the last token has been chosen, though the host may not know it yet."""
+        return self.num_tokens >= self.max_num_tokens
 
     @property
     def num_output_tokens(self) -> int:

@@ -11,11 +11,13 @@ distorted.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from turboquant_core import upload
 from turboquant_server.engine.sampling_params import SamplingParams
 
 # What the sampler returns in place of a token when the logits hold NaN or infinity.
@@ -32,8 +34,7 @@ _FINAL_SHIFT = 31
 _MASK_64 = (1 << 64) - 1
 
 
-@dataclass(frozen=True)
-class SamplingRow:
+class SamplingRow(NamedTuple):
     """Hold what decides the token of one row of logits.
 
     Attributes:
@@ -52,8 +53,7 @@ class SamplingRow:
     @property
     def noise_key(self) -> int:
         """Where `gumbel_noise` starts: seed, choice index and position mixed in turn, as signed 64 bits."""
-        key = _splitmix64(self.seed & _MASK_64)
-        return _signed(_splitmix64(_splitmix64(key ^ self.choice_index) ^ self.position))
+        return _signed(_splitmix64(_choice_key(self.seed, self.choice_index) ^ self.position))
 
 
 def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
@@ -81,10 +81,14 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     for group in (truncated, whole):
         for start in range(0, len(group), num_at_once):
             part = group[start : start + num_at_once]
-            indices = _upload(part, torch.int64, logits.device)
+            if len(part) == len(rows):
+                token_ids = _draw(logits, highest, rows)
+                continue
+            indices = upload(part, torch.int64, logits.device)
             tokens = _draw(logits[indices], highest[indices], [rows[index] for index in part])
             token_ids.index_copy_(0, indices, tokens)
-    return torch.where(highest.isfinite(), token_ids, INVALID_TOKEN_ID)
+    # In fewer launches than isfinite.
+    return torch.where(highest.abs() < torch.inf, token_ids, INVALID_TOKEN_ID)
 
 
 def _is_truncated(sampling_params: SamplingParams) -> bool:
@@ -93,8 +97,8 @@ def _is_truncated(sampling_params: SamplingParams) -> bool:
 
 def _draw(logits: Tensor, highest: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """Draw from rows of which either all or none are truncated."""
-    temperatures = _upload([row.sampling_params.temperature for row in rows], torch.float64, logits.device)
-    keys = _upload([row.noise_key for row in rows], torch.int64, logits.device)
+    temperatures = upload([row.sampling_params.temperature for row in rows], torch.float64, logits.device)
+    keys = upload([row.noise_key for row in rows], torch.int64, logits.device)
     # The highest becomes 0 first, so that no temperature, however small, makes infinities or NaN.
     scores = (logits.double() - highest[:, None]).div_(temperatures[:, None])
     noise = gumbel_noise(keys, logits.shape[-1])
@@ -121,13 +125,13 @@ def keep_most_likely(scores: Tensor, sampling_params: Sequence[SamplingParams]) 
     top_p = [params.top_p if params.top_p < 1 else torch.inf for params in sampling_params]
     scores, token_ids = scores.sort(dim=-1, descending=True, stable=True)
     ranks = torch.arange(vocab_size, device=scores.device)
-    scores.masked_fill_(ranks >= _upload(top_k, torch.int64, scores.device)[:, None], -torch.inf)
+    scores.masked_fill_(ranks >= upload(top_k, torch.int64, scores.device)[:, None], -torch.inf)
     # Devices add floats in an order that depends on the number of rows, and on chance. Integers have no such
     # order; with this scale the sum of a row stays below 2**62, and 128k tokens are weighed to 2**-45.
     weights = (scores.exp() * 2.0 ** (62 - vocab_size.bit_length())).round_().long()
     reached = weights.cumsum(dim=-1)
     # A token stays while the likelier ones do not reach top_p; the first always does.
-    enough = reached[:, -1:] * _upload(top_p, torch.float64, scores.device)[:, None]
+    enough = reached[:, -1:] * upload(top_p, torch.float64, scores.device)[:, None]
     return scores.masked_fill_(reached.sub_(weights) >= enough, -torch.inf), token_ids
 
 
@@ -153,6 +157,11 @@ def gumbel_noise(keys: Tensor, vocab_size: int) -> Tensor:
     return uniform.log_().neg_().log_().neg_()
 
 
+@lru_cache(maxsize=4096)
+def _choice_key(seed: int, choice_index: int) -> int:
+    return _splitmix64(_splitmix64(seed & _MASK_64) ^ choice_index)
+
+
 def _splitmix64(state: int) -> int:
     bits = (state + _INCREMENT) & _MASK_64
     for shift, multiplier in _MULTIPLIERS:
@@ -168,9 +177,3 @@ def _logical_shift(bits: Tensor, shift: int) -> Tensor:
 def _signed(value: int) -> int:
     """Read 64 bits as the signed integer that torch takes."""
     return value - (1 << 64) if value >= 1 << 63 else value
-
-
-def _upload(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Copy to the device; from pinned memory, as the host waits for a copy from any other."""
-    is_cuda = device.type == "cuda"
-    return torch.tensor(values, dtype=dtype, pin_memory=is_cuda).to(device, non_blocking=is_cuda)

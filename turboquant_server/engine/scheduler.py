@@ -1,9 +1,10 @@
 """Who computes which tokens in the next step. Knows no model and no tensor; opens and releases caches.
 
-Requests are served in the order in which they came. One that generates gets its next token in every step;
-what the token budget leaves goes to prompts, oldest first, in the chunks of the timeline. When blocks run out
-the youngest request gives its cache back and waits in front of all that came after it; later it computes its
-tokens again, the generated ones as they were generated.
+Requests are served in the order in which they came. One that generates gets its next token in every step,
+though the host may not know the one before it yet, until it has all that it may have; what the token budget
+leaves goes to prompts, oldest first, in the chunks of the timeline. When blocks run out the youngest request
+gives its cache back and waits in front of all that came after it; later it computes its tokens again, the
+generated ones as they were generated.
 """
 
 from __future__ import annotations
@@ -25,6 +26,12 @@ class ScheduledRequest:
 
     request: Request
     chunks: list[Chunk]
+
+    @property
+    def choices(self) -> list[Request]:
+        """Return the choices that get a token when these are computed: none while a prompt is incomplete."""
+        request = self.request
+        return [request, *request.forks] if self.chunks[-1].end == request.num_tokens else []
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,9 @@ class Scheduler:
         decodes = [
             ScheduledRequest(request, [self._chunk(request, request.num_computed_tokens, request.num_tokens)])
             for request in self._by_arrival()
-            if request.is_decoding and self._make_room(request, request.num_tokens)
+            if request.is_decoding
+            and not request.is_complete
+            and self._make_room(request, request.num_tokens)
         ]
         budget = self._max_num_batched_tokens
         prefills: list[ScheduledRequest] = []
@@ -107,11 +116,12 @@ class Scheduler:
         # The store reads slots that follow each other without a copy.
         decodes.sort(key=lambda item: item.chunks[0].cache.slot)
         batch = ScheduledBatch(_still_running(prefills), _still_running(decodes))
-        assert batch.prefills or batch.decodes or not self.waiting, "a request waits that nothing can hold"
+        is_idle = not batch.prefills and not batch.decodes and not any(r.is_complete for r in self.running)
+        assert not (is_idle and self.waiting), "a request waits that nothing can hold"
         return batch
 
     def advance(self, scheduled: ScheduledRequest) -> None:
-        """Note that a step has computed what was scheduled, and offer the prompt's blocks to others."""
+        """Note that a step computes what was scheduled, and offer the prompt's blocks to later steps."""
         request = scheduled.request
         assert request.cache is not None
         request.num_computed_tokens = scheduled.chunks[-1].end
