@@ -118,7 +118,7 @@ def run_served(config: ServerConfig, loaded: LoadedModel, prompt: Sequence[int],
     use_plain_attention(loaded.model)
     manager = ModelManager(
         config.model_copy(
-            update={"max_model_len": length, "max_num_seqs": 1, "no_prefix_caching": True},
+            update={"max_model_len": length, "max_num_seqs": 1, "enable_prefix_caching": False},
         )
     )
     manager.load(loaded._replace(max_model_len=length))

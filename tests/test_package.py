@@ -14,6 +14,7 @@ import turboquant_core
 import turboquant_server
 from turboquant_server.cli import parse_config
 from turboquant_server.config import ServerConfig
+from turboquant_server.flags import format_default
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -98,12 +99,13 @@ def test_documented_commands_are_understood(text: str) -> None:
 
 
 def test_the_readme_lists_every_flag_and_its_default() -> None:
-    rows = dict(re.findall(r"^\| `--([a-z-]+)` \| (.+?) \|", README, re.MULTILINE))
+    table = re.findall(r"^\| (`--[a-z-]+`(?:, `--[a-z-]+`)*) \| (.+?) \|", README, re.MULTILINE)
+    rows = {flag: default for flags, default in table for flag in re.findall(r"--([a-z-]+)", flags)}
     fields = ServerConfig.model_fields
     assert set(rows) == {name.replace("_", "-") for name in fields}
     for name, field in fields.items():
         if field.default not in (None, (), False):
-            assert rows[name.replace("_", "-")] == str(field.default), name
+            assert rows[name.replace("_", "-")] == format_default(field), name
 
 
 def test_links_in_the_readme_lead_somewhere() -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import Response
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
 from turboquant_server import __version__
 from turboquant_server.api.body_limit import BodyLimitMiddleware
 from turboquant_server.api.chat import create_chat_completion
 from turboquant_server.api.completions import create_completion
+from turboquant_server.api.door import HEALTH, METRICS, Door, DoorMiddleware
 from turboquant_server.api.errors import ErrorResponse, add_error_handlers, unavailable
 from turboquant_server.api.models import describe_model, list_models
 from turboquant_server.api.prompts import PromptTokenizer
@@ -22,7 +26,16 @@ from turboquant_server.api.protocol import (
     ModelCard,
     ModelList,
 )
+from turboquant_server.api.request_id import HEADER
 from turboquant_server.api.streaming import finish_streams_on_shutdown
+from turboquant_server.api.tokens import (
+    Detokenized,
+    DetokenizeRequest,
+    TokenizeRequest,
+    Tokens,
+    detokenize,
+    tokenize,
+)
 
 if TYPE_CHECKING:
     from turboquant_server.model_manager import ModelManager
@@ -34,23 +47,48 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
 
 
 def build_app(model_manager: ModelManager) -> FastAPI:
-    """Return the application that serves one model.
+    """Return the application that serves one model; its ``state.door`` lets requests in.
 
     Args:
         model_manager: May still be loading; until it is ready, all paths of the API answer 503.
     """
-
-    async def check_ready() -> None:
-        if not model_manager.is_ready:
-            raise unavailable("The model is still loading; try again in a few seconds.", "model_loading")
-        if not model_manager.engine.is_alive:
-            raise unavailable("The engine has ended; the server must be started again.", "engine_dead")
-
-    prompt_tokenizer = PromptTokenizer(model_manager)
+    config = model_manager.config
     app = FastAPI(title="TurboQuant server", version=__version__)
+    app.state.door = Door(config)
+    # The last one is the first to see a request.
     app.add_middleware(BodyLimitMiddleware, max_bytes=MAX_BODY_BYTES)
+    app.add_middleware(DoorMiddleware, door=app.state.door)
+    if config.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.allowed_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=[HEADER, "Retry-After"],
+        )
     add_error_handlers(app)
     finish_streams_on_shutdown()
+    _add_api(app, model_manager)
+    _add_status(app, model_manager)
+    return app
+
+
+def _check_ready(model_manager: ModelManager) -> None:
+    if not model_manager.is_ready:
+        seconds = max(0, int(time.time()) - model_manager.created)
+        message = f"The model is still loading, for {seconds} s so far; try again in a few seconds."
+        raise unavailable(message, "model_loading")
+    if not model_manager.engine.is_alive:
+        raise unavailable("The engine has ended; the server must be started again.", "engine_dead")
+
+
+def _add_api(app: FastAPI, model_manager: ModelManager) -> None:
+    """Add what needs the model."""
+
+    async def check_ready() -> None:
+        _check_ready(model_manager)
+
+    prompt_tokenizer = PromptTokenizer(model_manager)
     router = APIRouter(dependencies=[Depends(check_ready)], responses=ERROR_RESPONSES)
 
     @router.post("/v1/chat/completions", response_model=ChatCompletion)
@@ -71,9 +109,34 @@ def build_app(model_manager: ModelManager) -> FastAPI:
     async def model(name: str) -> ModelCard:
         return describe_model(model_manager, name)
 
-    @router.get("/health")
-    async def health() -> dict[str, str]:
-        return {"status": "ok"}
+    @router.post("/tokenize")
+    async def tokens(body: TokenizeRequest) -> Tokens:
+        return await tokenize(model_manager, prompt_tokenizer, body)
+
+    @router.post("/detokenize")
+    async def text(body: DetokenizeRequest) -> Detokenized:
+        return await detokenize(model_manager, prompt_tokenizer, body)
 
     app.include_router(router)
-    return app
+
+
+def _add_status(app: FastAPI, model_manager: ModelManager) -> None:
+    """Add what tells of the server, from its start on."""
+    config = model_manager.config
+
+    @app.get(HEALTH, responses=ERROR_RESPONSES)
+    async def health() -> dict[str, str]:
+        _check_ready(model_manager)
+        if model_manager.engine.seconds_in_step > config.step_timeout:
+            message = f"The engine has been in one step for more than {config.step_timeout} s."
+            raise unavailable(message, "engine_stalled")
+        return {"status": "ok"}
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": __version__}
+
+    @app.get(METRICS)
+    def metrics() -> Response:  # takes milliseconds, so not on the event loop
+        text = model_manager.metrics.render(model_manager.engine_state(), with_aliases=config.vllm_metrics)
+        return Response(text, headers={"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})

@@ -1,8 +1,7 @@
-"""The command ``turboquant-server``: flags, the socket, the process's life and what it prints."""
+"""The command ``turboquant-server``: the socket, the process's life and what it prints."""
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import errno
 import ipaddress
@@ -12,24 +11,22 @@ import os
 import shlex
 import signal
 import socket
+import ssl
 import sys
 import threading
 from collections.abc import Sequence
-from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING
 
 import uvicorn
-from pydantic import ValidationError
 
-from turboquant_server import __version__
-from turboquant_server.config import ENV_PREFIX, ServerConfig
+from turboquant_server.api.request_id import add_request_id
+from turboquant_server.draining_server import CUT_OFF_SECONDS, DrainingServer
+from turboquant_server.flags import PROGRAM, parse_config, warn_of_unknown_variables
 
 if TYPE_CHECKING:
+    from turboquant_server.config import ServerConfig
     from turboquant_server.model_manager import ModelManager
 
-PROGRAM = "turboquant-server"
-DRAIN_SECONDS = 30
-CUT_OFF_SECONDS = 5  # after those, for the last words of what has not finished
 EXAMPLE_QUESTION = "The access code of the harbour is 271828. What is the access code of the harbour?"
 
 logger = logging.getLogger(__name__)
@@ -49,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     config = parse_config(sys.argv[1:] if argv is None else argv)
     _configure_logging()
+    warn_of_unknown_variables(os.environ)
     # Both signals end the process by KeyboardInterrupt; while uvicorn runs, it takes them and drains first.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -62,7 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _configure_logging() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.addFilter(add_request_id)
+    line = "%(asctime)s %(levelname)s %(name)s%(request_id)s: %(message)s"
+    logging.basicConfig(level=logging.INFO, format=line, handlers=[handler])
     for library in ("httpx", "httpx2", "uvicorn"):
         logging.getLogger(library).setLevel(logging.WARNING)
     logging.getLogger("huggingface_hub").propagate = False  # it prints its messages itself
@@ -78,68 +79,14 @@ class StartError(RuntimeError):
     """The server cannot start; the message is one sentence that says what to do."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """End with one sentence, without the usage that would bury it."""
-        self.exit(2, f"{PROGRAM}: error: {message} (see {PROGRAM} --help)\n")
-
-
-def parse_config(argv: Sequence[str]) -> ServerConfig:
-    """Return the configuration that flags and TURBOQUANT_* variables make.
-
-    Raises:
-        SystemExit: ``--help``, ``--version`` (0) or a wrong flag or variable (2).
-    """
-    parser = _Parser(
-        PROGRAM,
-        description="Serve a Hugging Face model with OpenAI's API, each request on a compressed KV cache.",
-        epilog=f"Each flag may also be set by a variable: --max-model-len by {ENV_PREFIX}MAX_MODEL_LEN.",
-        argument_default=argparse.SUPPRESS,  # so that a variable counts where a flag is not given
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
-    for name, field in ServerConfig.model_fields.items():
-        default = "" if field.default in (None, (), False) else f" (default: {field.default})"
-        options: dict[str, Any] = {"help": f"{field.description}{default}"}
-        if field.annotation is bool:
-            options["action"] = "store_true"
-        else:
-            options["metavar"] = name.upper()
-        if name == "served_model_name":
-            options["nargs"] = "+"
-        parser.add_argument(_flag(name), **options)
-    arguments = vars(parser.parse_args([_with_dashes(argument) for argument in argv]))
-    try:
-        return ServerConfig(**arguments)
-    except ValidationError as error:
-        finding = error.errors()[0]
-        if not finding["loc"]:  # about several fields
-            parser.error(finding["msg"])
-        name = str(finding["loc"][0])
-        source = _flag(name) if name in arguments else f"{ENV_PREFIX}{name.upper()}"
-        message = finding["msg"]
-        parser.error(f"{source}: {message[:1].lower()}{message[1:]}, got {finding['input']!r}")
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _with_dashes(argument: str) -> str:
-    """Read --max_model_len=1 as --max-model-len=1; values stay as they are."""
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument.partition("=")
-    return name.replace("_", "-") + equals + value
-
-
 def serve(config: ServerConfig) -> None:
     """Listen, load the model, and answer until a signal ends the process.
 
     Raises:
-        StartError: The address cannot be used or the model cannot be served.
+        StartError: The address or the certificate cannot be used or the model cannot be served.
         KeyboardInterrupt: SIGINT or SIGTERM, after open requests have had time to finish.
     """
+    _check_certificate(config)
     with _bind(config.host, config.port) as listener:
         # Threads that wait for each other spin this often before they sleep; by default 100 times as long.
         # Beside another busy process a step of 16 requests takes 80 ms then, with 1,000 spins 50; without
@@ -153,15 +100,20 @@ def serve(config: ServerConfig) -> None:
         from turboquant_server.model_manager import ModelLoadError, ModelManager
 
         model_manager = ModelManager(config)
-        server = _Server(
+        app = build_app(model_manager)
+        server = DrainingServer(
             uvicorn.Config(
-                build_app(model_manager),
+                app,
                 log_config=None,
                 access_log=False,
                 lifespan="off",
-                timeout_graceful_shutdown=DRAIN_SECONDS + CUT_OFF_SECONDS,
+                timeout_graceful_shutdown=CUT_OFF_SECONDS,
+                ssl_certfile=config.ssl_certfile,
+                ssl_keyfile=config.ssl_keyfile,
             ),
+            app.state.door,
             model_manager,
+            config.shutdown_timeout,
         )
         failures: list[str] = []
 
@@ -197,22 +149,24 @@ def serve(config: ServerConfig) -> None:
             raise StartError(failures[0])
 
 
-class _Server(uvicorn.Server):
-    """Give open requests time to finish after a signal, and an error of their own when it is over."""
+def _check_certificate(config: ServerConfig) -> None:
+    """Read the files for TLS, before the model is loaded.
 
-    def __init__(self, config: uvicorn.Config, model_manager: ModelManager) -> None:
-        super().__init__(config)
-        self._model_manager = model_manager
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        super().handle_exit(sig, frame)
-        timer = threading.Timer(DRAIN_SECONDS, self._end_requests)
-        timer.daemon = True
-        timer.start()
-
-    def _end_requests(self) -> None:
-        if self._model_manager.is_ready:
-            self._model_manager.engine.shutdown()
+    Raises:
+        StartError: They cannot be read or do not belong together.
+    """
+    if config.ssl_certfile is None:
+        return
+    try:
+        # A key with a password would ask for it on the terminal.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
+            config.ssl_certfile, config.ssl_keyfile, password=""
+        )
+    except OSError as error:  # ssl's own are, too
+        raise StartError(
+            f"--ssl-certfile {config.ssl_certfile} and --ssl-keyfile {config.ssl_keyfile} cannot be used "
+            f"({error.strerror}); they must be PEM files of a certificate and of its key without password"
+        ) from error
 
 
 def _bind(host: str, port: int) -> socket.socket:
@@ -240,14 +194,15 @@ def _bind(host: str, port: int) -> socket.socket:
 def _print_start(model_manager: ModelManager, listener: socket.socket) -> None:
     """Print what was loaded, where it is served, and one command to try."""
     host, port = listener.getsockname()[:2]
-    if not ipaddress.ip_address(host).is_loopback:
-        logger.warning(
-            "listening on %s without authentication: whoever reaches this port may use the model", host
-        )
+    config = model_manager.config
+    if not ipaddress.ip_address(host).is_loopback and not config.api_key:
+        logger.warning("listening on %s without --api-key: whoever reaches this port may use the model", host)
     if ipaddress.ip_address(host).is_unspecified:
         host = "127.0.0.1"
-    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    scheme = "http" if config.ssl_certfile is None else "https"
+    url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
     messages = [{"role": "user", "content": EXAMPLE_QUESTION}]
-    command = f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d "
+    key = "-H 'Authorization: Bearer KEY' " if config.api_key else ""
+    command = f"curl {url}/v1/chat/completions {key}-H 'Content-Type: application/json' -d "
     print(f"\n{model_manager.startup_report()}\n\nServing on {url}\n")
     print(command + shlex.quote(json.dumps({"messages": messages, "max_tokens": 32})), flush=True)

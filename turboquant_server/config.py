@@ -1,4 +1,7 @@
-"""What a server can be told: command-line flags, then TURBOQUANT_* variables, then the defaults below."""
+"""What a server can be told: flags, then TURBOQUANT_* variables, then a YAML file, then the defaults below.
+
+The settings of the HTTP side are in door_config.py.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,12 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+
+from turboquant_server.config_file import ConfigFileSource
+from turboquant_server.door_config import DoorConfig
 
 ENV_PREFIX = "TURBOQUANT_"
 SUPPORTED_BITS = (2, 3, 4, 8)
@@ -23,24 +29,45 @@ CHOICES = (
 Text = Annotated[str, Field(min_length=1)]
 
 
-class ServerConfig(BaseSettings):
-    """Hold every setting of one server.
-
-    Each field is the flag ``--name`` and the variable ``TURBOQUANT_NAME``; an argument given here wins over
-    the variable. The descriptions are the text of ``--help``.
-
-    Raises:
-        pydantic.ValidationError: A value is of the wrong type or out of its range.
-    """
-
-    model_config = SettingsConfigDict(
-        env_prefix=ENV_PREFIX, env_ignore_empty=True, frozen=True, extra="forbid"
-    )
+class ModelConfig(BaseModel):
+    """Say what is served."""
 
     model: Text | None = Field(
         None,
         description="Hugging Face model id or directory (default: the small demo model that comes along)",
     )
+    served_model_name: Annotated[tuple[Text, ...], NoDecode] = Field(
+        (), description="one or more names that clients use for the model (default: --model as given)"
+    )
+    revision: Text | None = Field(
+        None, description="branch, tag or commit of the model on the Hugging Face Hub"
+    )
+    load_format: Literal["auto", "dummy"] = Field(
+        "auto",
+        description="where weights come from: auto reads the checkpoint, dummy makes random ones and needs "
+        "only a config.json, to try out memory and speed",
+    )
+    device: Text | None = Field(
+        None, description="cpu, cuda or cuda:N (default: cuda where there is one, else cpu)"
+    )
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="type of the model's weights: auto, bfloat16, float16 or float32"
+    )
+    quantize: Literal["none", "int8", "int4"] = Field(
+        "none", description="quantize the model's weights with bitsandbytes: none, int8 or int4"
+    )
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+
+    @field_validator("served_model_name", mode="before")
+    @classmethod
+    def _split_names(cls, names: Any) -> Any:
+        """Take the names apart where they come as one string, from the environment."""
+        return tuple(names.split()) if isinstance(names, str) else names
+
+
+class CacheConfig(BaseModel):
+    """Say how the KV cache is kept and what it may take."""
+
     kv_cache_dtype: Literal["turboquant", "bf16"] = Field(
         "turboquant",
         description="turboquant compresses the KV cache; bf16 does not: the same server with 16 bits per "
@@ -57,28 +84,11 @@ class ServerConfig(BaseSettings):
         description="average bits per number, norms and means included, such as 3.5; each layer gets the "
         "bits that it needs (default: --bits for all)",
     )
-    quantize: Literal["none", "int8", "int4"] = Field(
-        "none", description="quantize the model's weights with bitsandbytes: none, int8 or int4"
-    )
-    load_format: Literal["auto", "dummy"] = Field(
-        "auto",
-        description="where weights come from: auto reads the checkpoint, dummy makes random ones and needs "
-        "only a config.json, to try out memory and speed",
-    )
-    device: Text | None = Field(
-        None, description="cpu, cuda or cuda:N (default: cuda where there is one, else cpu)"
-    )
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
-        "auto", description="type of the model's weights: auto, bfloat16, float16 or float32"
-    )
-    revision: Text | None = Field(
-        None, description="branch, tag or commit of the model on the Hugging Face Hub"
-    )
-    max_model_len: int | None = Field(
+    kv_cache_memory: int | None = Field(
         None,
-        ge=2,
-        description="most tokens of prompt and answer together, such as 4096 or 32k (32768); auto is what "
-        "the model was made for or what the cache's memory holds, whichever is less (default: auto)",
+        gt=0,
+        description="bytes of the cache, such as 10GiB or 10GB, in place of --gpu-memory-utilization and "
+        "--vram-limit (default: what those leave)",
     )
     gpu_memory_utilization: float | None = Field(
         None,
@@ -94,34 +104,9 @@ class ServerConfig(BaseSettings):
         description="most bytes of a GPU that weights, cache and scratch take, such as 10GiB or 10GB; "
         "does nothing on a CPU (default: no limit)",
     )
-    kv_cache_memory: int | None = Field(
-        None,
-        gt=0,
-        description="bytes of the cache, such as 10GiB or 10GB, in place of --gpu-memory-utilization and "
-        "--vram-limit (default: what those leave)",
+    enable_prefix_caching: bool = Field(
+        True, description="let prompts that begin alike share what was read of them"
     )
-    max_num_seqs: int | None = Field(
-        None,
-        ge=1,
-        description="most requests that run at a time (default: what the memory allows, at most 256)",
-    )
-    max_num_batched_tokens: int = Field(
-        2048,
-        ge=1024,  # the longest part of a prompt that has to be read in one step has 643
-        description="most prompt tokens that one step reads, at least 1024",
-    )
-    enforce_eager: bool = Field(
-        False, description="run decode steps without CUDA graphs: a faster start, slower answers"
-    )
-    no_prefix_caching: bool = Field(
-        False, description="read each prompt anew, even where an earlier one began with the same tokens"
-    )
-    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
-    served_model_name: Annotated[tuple[Text, ...], NoDecode] = Field(
-        (), description="one or more names that clients use for the model (default: --model as given)"
-    )
-    host: Text = Field("127.0.0.1", description="address to listen on; 0.0.0.0 means all")
-    port: int = Field(8000, ge=0, le=65535, description="TCP port to listen on; 0 takes a free one")
 
     @field_validator("bits")
     @classmethod
@@ -146,20 +131,6 @@ class ServerConfig(BaseSettings):
             )
         return tuple(int(part) for part in parts)
 
-    @field_validator("max_model_len", mode="before")
-    @classmethod
-    def _parse_length(cls, length: Any) -> Any:
-        if not isinstance(length, str):
-            return length
-        if length.strip() == "auto":
-            return None
-        match = re.fullmatch(r"(\d+)(k?)", length.strip(), re.IGNORECASE)
-        if match is None:
-            raise PydanticCustomError(
-                "no_length", "Input should be a number of tokens such as 4096 or 32k, or auto"
-            )
-        return int(match[1]) * (1024 if match[2] else 1)
-
     @field_validator("vram_limit", "kv_cache_memory", mode="before")
     @classmethod
     def _parse_size(cls, size: Any) -> Any:
@@ -175,11 +146,86 @@ class ServerConfig(BaseSettings):
         power = "KMGT".index(prefix.upper()) + 1 if prefix else 0
         return int(number) * (1024 if binary else 1000) ** power
 
-    @field_validator("served_model_name", mode="before")
+
+class StepConfig(BaseModel):
+    """Say how much is worked on at a time."""
+
+    max_model_len: int | None = Field(
+        None,
+        ge=2,
+        description="most tokens of prompt and answer together, such as 4096 or 32k (32768); auto is what "
+        "the model was made for or what the cache's memory holds, whichever is less (default: auto)",
+    )
+    max_num_seqs: int | None = Field(
+        None,
+        ge=1,
+        description="most requests that run at a time (default: what the memory allows, at most 256)",
+    )
+    max_num_batched_tokens: int = Field(
+        2048,
+        ge=1024,  # the longest part of a prompt that has to be read in one step has 643
+        description="most prompt tokens that one step reads, at least 1024",
+    )
+    enforce_eager: bool = Field(
+        False,
+        description="neither compile the model nor run steps as CUDA graphs: a faster start, slower answers",
+    )
+
+    @field_validator("max_model_len", mode="before")
     @classmethod
-    def _split_names(cls, names: Any) -> Any:
-        """Take the names apart where they come as one string, from the environment."""
-        return tuple(names.split()) if isinstance(names, str) else names
+    def _parse_length(cls, length: Any) -> Any:
+        if not isinstance(length, str):
+            return length
+        if length.strip() == "auto":
+            return None
+        match = re.fullmatch(r"(\d+)(k?)", length.strip(), re.IGNORECASE)
+        if match is None:
+            raise PydanticCustomError(
+                "no_length", "Input should be a number of tokens such as 4096 or 32k, or auto"
+            )
+        return int(match[1]) * (1024 if match[2] else 1)
+
+
+# The flags of each stand together in --help.
+GROUPS: dict[str, type[BaseModel]] = {
+    "model": ModelConfig,
+    "KV cache": CacheConfig,
+    "requests and steps": StepConfig,
+    "HTTP": DoorConfig,
+}
+
+
+class ServerConfig(ModelConfig, CacheConfig, StepConfig, DoorConfig, BaseSettings):
+    """Hold every setting of one server.
+
+    Each field is the flag ``--name``, the variable ``TURBOQUANT_NAME`` and the key ``name`` of the file that
+    ``config`` names; an argument given here wins over the variable, and that over the file. The descriptions
+    are the text of ``--help``.
+
+    Raises:
+        pydantic.ValidationError: A value is of the wrong type or out of its range.
+        ConfigFileError: The file cannot be read.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, env_ignore_empty=True, frozen=True, extra="forbid"
+    )
+
+    config: Text | None = Field(
+        None, description="YAML file with more settings, such as max-model-len: 32k; flags and variables win"
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Return where settings come from, what wins first."""
+        return init_settings, env_settings, ConfigFileSource(settings_cls)
 
     @model_validator(mode="after")
     def _check_choices(self) -> ServerConfig:

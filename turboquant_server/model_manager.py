@@ -11,17 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from turboquant_core import RequestCache, use_paged_attention, use_plain_attention
+from turboquant_core import BLOCK_SIZE, RequestCache, use_paged_attention, use_plain_attention
 from turboquant_server.attention_check import UnsupportedModelError, find_attention
 from turboquant_server.cache_memory import build_store, open_manager, size_cache
 from turboquant_server.cache_plan import plan_cache
 from turboquant_server.cache_size import TIMELINE, format_bytes
+from turboquant_server.cache_usage import measure_usage
 from turboquant_server.engine.async_engine import AsyncEngine
 from turboquant_server.engine.compiled_forward import compile_forward
 from turboquant_server.engine.engine import Engine
 from turboquant_server.engine.model_runner import ModelRunner
 from turboquant_server.engine.scheduler import Scheduler
 from turboquant_server.load_error import ModelLoadError
+from turboquant_server.metrics import EngineState, Metrics
 from turboquant_server.model_loader import LoadedModel, load_model
 from turboquant_server.startup_report import format_report
 
@@ -47,12 +49,14 @@ class ModelManager:
         model_names: What clients may call the model; the first is its own name.
         created: When this server was made, in Unix seconds.
         is_ready: load() has succeeded and unload() was not called; only then the other properties exist.
+        metrics: Of all requests, from the beginning.
     """
 
     def __init__(self, config: ServerConfig) -> None:
         self.model_names = list(config.served_model_name) or [config.model or DEMO_MODEL_NAME]
         self.created = int(time.time())
         self.is_ready = False
+        self.metrics = Metrics(self.model_names[0])
         self._config = config
 
     def load(self, loaded: LoadedModel | None = None) -> None:
@@ -88,7 +92,7 @@ class ModelManager:
                 self._config, model, tokenizer, attention, layers, max_model_len, compiled
             )
             self._cache_manager = open_manager(
-                attention, self._cache_size, caches_prefixes=not self._config.no_prefix_caching
+                attention, self._cache_size, caches_prefixes=self._config.enable_prefix_caching
             )
             self.max_model_len = self._fit(source, max_model_len)
             store, states = build_store(attention, layers, self._cache_size, model.dtype, model.device)
@@ -120,7 +124,7 @@ class ModelManager:
             max_model_len=self.max_model_len,
             overlaps_steps=model.device.type == "cuda",
         )
-        self.engine = AsyncEngine(engine)
+        self.engine = AsyncEngine(engine, self.metrics, self._config.request_timeout)
         self.engine.start()
 
     def _fit(self, source: str, max_model_len: int) -> int:
@@ -160,6 +164,34 @@ class ModelManager:
             salt: Only requests with the same one share blocks.
         """
         return self._cache_manager.open(token_ids, num_prompt_tokens, salt)
+
+    @property
+    def config(self) -> ServerConfig:
+        """What the server was told."""
+        return self._config
+
+    @property
+    def num_queued(self) -> int:
+        """How many requests wait for others to end."""
+        return self.engine.count_queued(self._cache_size.num_slots)
+
+    def engine_state(self) -> EngineState | None:
+        """Return what /metrics tells of the engine; None if it is not ready."""
+        if not self.is_ready:
+            return None
+        size, engine, manager = self._cache_size, self.engine, self._cache_manager
+        return EngineState(
+            num_running=engine.num_running,
+            num_waiting=engine.num_waiting,
+            num_preemptions=engine.num_preemptions,
+            usage=measure_usage(size, manager, engine.running),
+            cache_config={
+                "block_size": str(BLOCK_SIZE),
+                "cache_dtype": self._config.kv_cache_dtype,
+                "enable_prefix_caching": str(manager.caches_prefixes),
+                "num_gpu_blocks": str(sum(size.num_blocks)),
+            },
+        )
 
     @property
     def cache_bytes(self) -> int:

@@ -117,6 +117,18 @@ def loaded() -> Callable[..., contextlib.AbstractContextManager[ModelManager]]:
     return _loaded
 
 
+@contextlib.contextmanager
+def _running_server(model_dir: Path, **options: Any) -> Iterator[RunningServer]:
+    with _loaded(model_dir, **options) as manager, _serve(build_app(manager)) as url:
+        yield RunningServer(url, manager)
+
+
+@pytest.fixture(scope="session")
+def running_server() -> Callable[..., contextlib.AbstractContextManager[RunningServer]]:
+    """Serve the model of a directory, with these options, for the length of a ``with`` block."""
+    return _running_server
+
+
 @pytest.fixture(scope="session")
 def save_model(
     tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast

@@ -1,4 +1,7 @@
-"""The command: what it takes, what it prints, and how it ends."""
+"""The command: what it takes, what it prints, and how it ends.
+
+More than 300 lines, many of them rows of wrong flags.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +15,13 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 
 from turboquant_server import __version__, cli
 from turboquant_server.cli import main, parse_config
@@ -146,8 +146,11 @@ def test_a_flag_beats_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
         ("--bits 4 --kv-bits 4,3", ("choose one of --bits and --kv-bits (",)),
         ("--kv_bits 4,3 --kv_budget_bits 3.5", ("choose one of --kv-bits and --kv-budget-bits (",)),
         ("--served-model-name", ("--served-model-name", "at least one argument")),
-        ("--frobnicate 1", ("unrecognized arguments", "--frobnicate")),
-        ("--max-model 1", ("unrecognized arguments", "--max-model")),
+        ("--frobnicate 1", ("unrecognized arguments: --frobnicate (",)),
+        ("--max-model 1", ("unrecognized arguments: --max-model; did you mean --max-model-len?",)),
+        ("--no-prefix-caching", ("unrecognized arguments: --no-prefix-caching; did you mean",)),
+        ("--config nothing.yaml", ("--config nothing.yaml: cannot be read (No such file",)),
+        ("--ssl-keyfile a.pem", ("give both --ssl-certfile and --ssl-keyfile, or none",)),
         ("model", ("unrecognized arguments", "model")),
     ],
 )
@@ -232,16 +235,28 @@ def test_a_request_that_a_stop_cuts_off_leaves_no_traceback(
     assert bool(caplog.records) is is_logged
 
 
-def test_requests_that_do_not_finish_in_time_after_a_signal_are_ended(
+@pytest.mark.parametrize(
+    ("host", "settings", "is_warned"),
+    [
+        ("127.0.0.1", {}, False),
+        ("0.0.0.0", {}, True),
+        ("0.0.0.0", {"api_key": "k"}, False),
+    ],
+)
+def test_an_open_door_is_warned_of(
+    host: str,
+    settings: dict[str, Any],
+    is_warned: bool,
     monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    ended = threading.Event()
-    model_manager = SimpleNamespace(is_ready=True, engine=SimpleNamespace(shutdown=ended.set))
-    monkeypatch.setattr(cli, "DRAIN_SECONDS", 0.01)
-    server = cli._Server(uvicorn.Config(app=None, log_config=None), model_manager)  # type: ignore[arg-type]
-    server.handle_exit(signal.SIGTERM, None)
-    assert server.should_exit
-    assert ended.wait(10)
+    manager = ModelManager(ServerConfig(host=host, **settings))
+    monkeypatch.setattr(manager, "startup_report", lambda: "report")
+    with socket.create_server((host, 0)) as listener:
+        cli._print_start(manager, listener)
+    assert ["without --api-key" in message for message in caplog.messages] == [True] * is_warned
+    assert "Serving on http://127.0.0.1:" in capsys.readouterr().out
 
 
 def test_a_start_says_where_and_how_to_ask_and_a_stop_waits_for_streams(

@@ -1,4 +1,7 @@
-"""Flags beat variables, variables beat defaults, and no wrong value gets through."""
+"""Variables beat defaults, arguments beat variables, and no wrong value gets through.
+
+More than 300 lines, most of them rows of values.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,16 @@ def test_the_defaults_serve_the_demo_model_to_this_machine_only() -> None:
     assert (config.max_model_len, config.served_model_name) == (None, ())
     assert (config.gpu_memory_utilization, config.vram_limit, config.kv_cache_memory) == (None, None, None)
     assert (config.max_num_seqs, config.max_num_batched_tokens) == (None, 2048)
-    assert config.no_prefix_caching is False
+    assert config.enable_prefix_caching is True
+    assert (config.config, config.api_key, config.public_metrics, config.allowed_origins) == (
+        None,
+        (),
+        False,
+        (),
+    )
+    assert (config.ssl_certfile, config.ssl_keyfile, config.vllm_metrics) == (None, None, False)
+    assert (config.max_num_queued_requests, config.request_timeout) == (None, None)
+    assert (config.shutdown_timeout, config.step_timeout) == (30, 120)
     assert config.enforce_eager is False
     assert config.trust_remote_code is False
 
@@ -53,7 +65,16 @@ def test_a_variable_beats_the_default_and_an_argument_beats_the_variable(
         ("KV_CACHE_MEMORY", " 1000 ", 1000),
         ("MAX_NUM_SEQS", "1", 1),
         ("MAX_NUM_BATCHED_TOKENS", "1024", 1024),
-        ("NO_PREFIX_CACHING", "true", True),
+        ("ENABLE_PREFIX_CACHING", "false", False),
+        ("API_KEY", "a", ("a",)),
+        ("API_KEY", " a,b  c", ("a", "b", "c")),
+        ("API_KEY", '["a, b", "c"]', ("a, b", "c")),
+        ("API_KEY", "", ()),
+        ("API_KEY", "schlüssel", ("schlüssel",)),
+        ("ALLOWED_ORIGINS", "*", ("*",)),
+        ("ALLOWED_ORIGINS", '["https://a", "http://b:1"]', ("https://a", "http://b:1")),
+        ("REQUEST_TIMEOUT", "1.5", 1.5),
+        ("SHUTDOWN_TIMEOUT", "0", 0),
         ("TRUST_REMOTE_CODE", "true", True),
         ("TRUST_REMOTE_CODE", "0", False),
         ("SERVED_MODEL_NAME", "a", ("a",)),
@@ -131,6 +152,19 @@ def test_variables_are_read_as_their_field_says(
         {"model": ""},
         {"host": ""},
         {"served_model_name": ("a", "")},
+        {"api_key": ""},
+        {"api_key": " , "},
+        {"api_key": ("",)},
+        {"api_key": 5},
+        {"api_key": '["a"'},
+        {"api_key": "[1]"},
+        {"api_key": '[""]'},
+        {"allowed_origins": ""},
+        {"max_num_queued_requests": 0},
+        {"request_timeout": 0},
+        {"request_timeout": "nan"},
+        {"shutdown_timeout": -1},
+        {"step_timeout": 0},
         {"colour": "red"},
     ],
     ids=str,
@@ -265,6 +299,23 @@ def test_one_number_is_no_pair_of_bits(bits: Any) -> None:
 def test_an_empty_variable_chooses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TURBOQUANT_BITS", "")
     assert ServerConfig(kv_bits="4,3").kv_bits == (4, 3)
+
+
+@pytest.mark.parametrize("given", ["ssl_certfile", "ssl_keyfile"])
+def test_a_certificate_and_its_key_go_together(given: str) -> None:
+    with pytest.raises(ValidationError, match="give both --ssl-certfile and --ssl-keyfile, or none"):
+        ServerConfig(**{given: "a.pem"})
+    assert ServerConfig(ssl_certfile="a.pem", ssl_keyfile="b.pem").ssl_keyfile == "b.pem"
+
+
+def test_a_key_is_not_shown_with_the_other_settings() -> None:
+    config = ServerConfig(api_key="secret-key")
+    assert "secret" not in repr(config) and "secret" not in str(config)
+
+
+def test_every_setting_but_the_file_is_in_one_group() -> None:
+    names = [name for group in server_config.GROUPS.values() for name in group.model_fields]
+    assert sorted([*names, "config"]) == sorted(ServerConfig.model_fields)
 
 
 def test_a_config_does_not_change() -> None:

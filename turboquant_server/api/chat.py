@@ -47,7 +47,7 @@ async def create_chat_completion(
     prompt = make_prompt(body, token_ids, max_tokens, model_manager.max_model_len, param="messages")
     response_id = f"chatcmpl-{uuid.uuid4().hex}"
     created = int(time.time())
-    outputs = generate(model_manager.engine, [prompt], response_id)
+    outputs = generate(model_manager, [prompt], response_id)
     num_choices = body.n or 1
     if body.stream:
         template = ChatCompletionChunk(id=response_id, created=created, model=model, choices=[])

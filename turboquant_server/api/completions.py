@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, cast
 from fastapi import Request
 from fastapi.responses import Response
 
-from turboquant_server.api.errors import invalid_request
 from turboquant_server.api.generation import Answer, Outputs, collect, count_usage, generate, make_prompt
 from turboquant_server.api.models import resolve_model
+from turboquant_server.api.prompts import check_token_ids
 from turboquant_server.api.protocol import Completion, CompletionChoice, CompletionRequest
 from turboquant_server.api.streaming import format_chunk, stream_events
 
@@ -45,7 +45,7 @@ async def create_completion(
     ]
     response_id = f"cmpl-{uuid.uuid4().hex}"
     template = Completion(id=response_id, created=int(time.time()), model=model, choices=[])
-    outputs = generate(model_manager.engine, prompts, response_id)
+    outputs = generate(model_manager, prompts, response_id)
     num_choices = body.n or 1
     if body.stream:
         return stream_events(_stream_chunks(outputs, template, len(prompts), num_choices, body.include_usage))
@@ -81,10 +81,7 @@ async def _tokenize(
         if isinstance(prompt, str):
             tokenized.append((param, await prompt_tokenizer.tokenize_text(prompt)))
             continue
-        for token_id in (min(prompt), max(prompt)):
-            if not 0 <= token_id < vocab_size:
-                message = f"Invalid '{param}': token {token_id} is not in the vocabulary of {vocab_size}."
-                raise invalid_request(message, param, "invalid_value")
+        check_token_ids(prompt, vocab_size, param)
         tokenized.append((param, prompt))
     return tokenized
 

@@ -12,12 +12,19 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from turboquant_server.api.request_id import HEADER, current_request_id
 from turboquant_server.engine.async_engine import EngineDeadError
-from turboquant_server.engine.request import RequestFailedError
+from turboquant_server.engine.request import RequestFailedError, RequestTimeoutError
 
-RETRY_AFTER_SECONDS = 5
+RETRY_LATER = {"Retry-After": "5"}  # seconds
 STATUS_CLIENT_CLOSED_REQUEST = 499  # nginx's number; nobody is left to read it
 JSON_CONTENT_TYPE = "application/json"
+ERROR_TYPES = {
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "service_unavailable_error",
+    504: "timeout_error",
+}
 
 
 class ErrorDetail(BaseModel):
@@ -65,8 +72,7 @@ class ApiError(Exception):
     @property
     def body(self) -> ErrorResponse:
         """The error body."""
-        kinds = {500: "server_error", 503: "service_unavailable_error"}
-        kind = kinds.get(self.status_code, "invalid_request_error")
+        kind = ERROR_TYPES.get(self.status_code, "invalid_request_error")
         # A lone surrogate, which JSON can carry and UTF-8 cannot, may come back in a quotation.
         message, param = (
             text and text.encode(errors="replace").decode() for text in (self.message, self.param)
@@ -84,9 +90,15 @@ def invalid_request(message: str, param: str | None = None, code: str | None = N
     return ApiError(400, message, param=param, code=code)
 
 
-def unavailable(message: str, code: str) -> ApiError:
+def unavailable(message: str, code: str, headers: Mapping[str, str] | None = None) -> ApiError:
     """Return the error for a request that may be sent again, unchanged, a little later (503)."""
-    return ApiError(503, message, code=code, headers={"Retry-After": str(RETRY_AFTER_SECONDS)})
+    return ApiError(503, message, code=code, headers={**RETRY_LATER, **(headers or {})})
+
+
+def queue_full() -> ApiError:
+    """Return the error for a request that finds too many others waiting (429)."""
+    message = "The server is busy: too many requests are waiting. Please try again in a few seconds."
+    return ApiError(429, message, code="rate_limit_exceeded", headers=RETRY_LATER)
 
 
 def to_api_error(error: Exception) -> ApiError:
@@ -95,6 +107,9 @@ def to_api_error(error: Exception) -> ApiError:
         return error
     if isinstance(error, EngineDeadError):
         return unavailable(str(error), "engine_dead")
+    if isinstance(error, RequestTimeoutError):
+        # OpenAI's clients would send it again, to wait as long once more.
+        return ApiError(504, str(error), code="request_timeout", headers={"x-should-retry": "false"})
     if isinstance(error, RequestFailedError):
         return ApiError(500, str(error))
     return ApiError(500, "The server had an error while it worked on this request; its log has the details.")
@@ -104,7 +119,10 @@ def add_error_handlers(app: FastAPI) -> None:
     """Make every error that leaves ``app`` an OpenAI error body."""
 
     async def handle_error(request: Request, error: Exception) -> Response:
-        return to_api_error(error).response
+        response = to_api_error(error).response
+        # Nobody foresaw some of them; those pass no middleware, which would add it.
+        response.headers[HEADER] = current_request_id.get()
+        return response
 
     async def handle_validation_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from starlette.requests import ClientDisconnect, Request
 
-from turboquant_server.api.errors import invalid_request
+from turboquant_server.api.errors import invalid_request, queue_full
 from turboquant_server.api.protocol import CompletionUsage, GenerationRequest, PromptTokensDetails
 from turboquant_server.engine.request import FinishReason, RequestOutput
 from turboquant_server.engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from turboquant_server.engine.async_engine import AsyncEngine
-
+    from turboquant_server.model_manager import ModelManager
 
 # The index of an answer and what a step adds to it. Each prompt has `n` answers, one after another.
 Outputs: TypeAlias = AsyncGenerator[tuple[int, RequestOutput], None]
@@ -89,36 +88,54 @@ def make_prompt(
     return Prompt(token_ids, sampling_params, body.cache_salt or "")
 
 
-async def generate(engine: AsyncEngine, prompts: Sequence[Prompt], request_id: str) -> Outputs:
+def generate(model_manager: ModelManager, prompts: Sequence[Prompt], request_id: str) -> Outputs:
     """Generate the answers of all prompts at once; closing this generator aborts what is unfinished.
 
     Yields:
         An answer's index and what a step adds to it.
 
     Raises:
+        ApiError: Too many requests wait already; raised by this call itself (429).
         RequestFailedError: One of the answers could not be finished.
         EngineDeadError: The engine has ended.
     """
-    if len(prompts) == 1:  # nearly always, and then nothing has to be joined
-        [prompt] = prompts
-        request = engine.generate(prompt.token_ids, prompt.sampling_params, request_id, prompt.cache_salt)
-        async with aclosing(request):
+    limit = model_manager.config.max_num_queued_requests
+    if limit is not None and model_manager.num_queued >= limit:
+        model_manager.metrics.refused()
+        raise queue_full()
+    # From here on they are in the queue, so that all that come at the same moment find the limit.
+    requests = [
+        model_manager.engine.generate(
+            prompt.token_ids,
+            prompt.sampling_params,
+            request_id if len(prompts) == 1 else f"{request_id}-{index}",
+            prompt.cache_salt,
+        )
+        for index, prompt in enumerate(prompts)
+    ]
+    return _join(requests, prompts[0].sampling_params.n)
+
+
+async def _join(requests: list[AsyncGenerator[RequestOutput, None]], num_choices: int) -> Outputs:
+    if len(requests) == 1:  # nearly always, and then nothing has to be joined
+        async with aclosing(requests[0]) as request:
             async for addition in request:
                 yield addition.choice_index, addition
         return
     outputs: asyncio.Queue[tuple[int, RequestOutput | Exception]] = asyncio.Queue()
 
-    async def pump(index: int, prompt: Prompt) -> None:
+    async def pump(first: int, request: AsyncGenerator[RequestOutput, None]) -> None:
         try:
-            async for output in engine.generate(
-                prompt.token_ids, prompt.sampling_params, f"{request_id}-{index}", prompt.cache_salt
-            ):
-                outputs.put_nowait((index * prompt.sampling_params.n + output.choice_index, output))
+            async with aclosing(request):
+                async for output in request:
+                    outputs.put_nowait((first + output.choice_index, output))
         except Exception as error:
-            outputs.put_nowait((index, error))
+            outputs.put_nowait((first, error))
 
-    tasks = [asyncio.create_task(pump(index, prompt)) for index, prompt in enumerate(prompts)]
-    num_unfinished = sum(prompt.sampling_params.n for prompt in prompts)
+    tasks = [
+        asyncio.create_task(pump(index * num_choices, request)) for index, request in enumerate(requests)
+    ]
+    num_unfinished = len(requests) * num_choices
     try:
         while num_unfinished:
             index, output = await outputs.get()

@@ -90,6 +90,8 @@ class StreamOptions(RequestModel):
 
     include_usage: bool | None = False
 
+    continuous_usage_stats: Annotated[Any, only(False)] = None
+
 
 class GenerationRequest(RequestModel):
     """The fields that chat and plain completions share."""
@@ -99,6 +101,8 @@ class GenerationRequest(RequestModel):
             *("metadata", "moderation", "parallel_tool_calls", "prediction", "prompt_cache_key"),
             *("prompt_cache_options", "prompt_cache_retention", "reasoning_effort", "safety_identifier"),
             *("service_tier", "store", "user", "verbosity"),
+            # vLLM's
+            *("request_id", "spaces_between_special_tokens"),
         }
     )
 
@@ -125,13 +129,34 @@ class GenerationRequest(RequestModel):
     frequency_penalty: Annotated[Any, only(0)] = None
     presence_penalty: Annotated[Any, only(0)] = None
     logit_bias: Annotated[Any, only({})] = None
-    # Not OpenAI's, but what clients of other servers send to change the tokens they get.
+    response_format: Annotated[Any, only({"type": "text"})] = None
+    # Not OpenAI's, but what clients of other servers send to change what they get.
+    allowed_token_ids: Annotated[Any, only()] = None
+    bad_words: Annotated[Any, only([])] = None
+    ebnf: Annotated[Any, only()] = None
+    grammar: Annotated[Any, only("")] = None
+    guided_choice: Annotated[Any, only()] = None
+    guided_grammar: Annotated[Any, only()] = None
+    guided_json: Annotated[Any, only()] = None
+    guided_regex: Annotated[Any, only()] = None
+    include_stop_str_in_output: Annotated[Any, only(False)] = None
+    json_schema: Annotated[Any, only()] = None
+    kv_transfer_params: Annotated[Any, only()] = None
+    length_penalty: Annotated[Any, only(1)] = None
+    logits_processors: Annotated[Any, only([])] = None
     min_p: Annotated[Any, only(0)] = None
     min_tokens: Annotated[Any, only(0)] = None
+    priority: Annotated[Any, only(0)] = None
     prompt_logprobs: Annotated[Any, only()] = None
+    regex: Annotated[Any, only()] = None
     repetition_penalty: Annotated[Any, only(1)] = None
+    return_token_ids: Annotated[Any, only(False)] = None
+    return_tokens_as_token_ids: Annotated[Any, only(False)] = None
+    skip_special_tokens: Annotated[Any, only(True)] = None
     stop_token_ids: Annotated[Any, only([])] = None
     structured_outputs: Annotated[Any, only()] = None
+    truncate_prompt_tokens: Annotated[Any, only()] = None
+    use_beam_search: Annotated[Any, only(False)] = None
 
     @field_validator("stream_options")
     @classmethod
@@ -181,15 +206,21 @@ class ChatCompletionRequest(GenerationRequest):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
 
     add_generation_prompt: Annotated[Any, only(True)] = None
+    add_special_tokens: Annotated[Any, only(False)] = None
     audio: Annotated[Any, only()] = None
+    chat_template: Annotated[Any, only()] = None
     chat_template_kwargs: Annotated[Any, only({})] = None
     continue_final_message: Annotated[Any, only(False)] = None
+    documents: Annotated[Any, only([])] = None
+    echo: Annotated[Any, only(False)] = None
     functions: Annotated[Any, only([])] = None
     function_call: Annotated[Any, only("none", "auto")] = None
+    include_reasoning: Annotated[Any, only(True)] = None
     logprobs: Annotated[Any, only(False)] = None
     top_logprobs: Annotated[Any, only(0)] = None
+    mm_processor_kwargs: Annotated[Any, only({})] = None
     modalities: Annotated[Any, only(["text"])] = None
-    response_format: Annotated[Any, only({"type": "text"})] = None
+    thinking_token_budget: Annotated[Any, only()] = None
     tools: Annotated[Any, only([])] = None
     tool_choice: Annotated[Any, only("none", "auto")] = None
     web_search_options: Annotated[Any, only()] = None
@@ -205,9 +236,11 @@ class CompletionRequest(GenerationRequest):
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     )
 
+    add_special_tokens: Annotated[Any, only(True)] = None
     best_of: Annotated[Any, only(1)] = None
     echo: Annotated[Any, only(False)] = None
     logprobs: Annotated[Any, only()] = None
+    prompt_embeds: Annotated[Any, only()] = None
     suffix: Annotated[Any, only("")] = None
 
 

@@ -6,13 +6,16 @@ import asyncio
 import logging
 import queue
 import threading
-from collections import defaultdict
+import time
+from collections import defaultdict, deque
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import TypeAlias
+from weakref import WeakValueDictionary
 
 from turboquant_server.engine.engine import Engine, StepOutput
-from turboquant_server.engine.request import RequestOutput
+from turboquant_server.engine.observer import Observer
+from turboquant_server.engine.request import Request, RequestOutput, RequestStatus, RequestTimeoutError
 from turboquant_server.engine.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -58,10 +61,20 @@ class AsyncEngine:
 
     Args:
         engine: Belongs to this object from now on.
+        observer: Hears what becomes of requests.
+        request_timeout: Most seconds that a request takes, from its place in the queue on.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(
+        self, engine: Engine, observer: Observer | None = None, request_timeout: float | None = None
+    ) -> None:
         self._engine = engine
+        self._observer = observer or Observer()
+        self._request_timeout = request_timeout
+        # Those that nobody has asked for an output yet; whoever drops one before has to tell nobody.
+        self._created: WeakValueDictionary[str, AsyncGenerator[RequestOutput, None]] = WeakValueDictionary()
+        self._unstarted: deque[Request] = deque()  # of the engine thread
+        self._step_began = time.monotonic()
         self._inbox: queue.SimpleQueue[_Add | _Abort | _Shutdown] = queue.SimpleQueue()
         self._streams: dict[str, _Stream] = {}
         self._unseen: set[str] = set()  # ids of the requests that lie in the inbox
@@ -96,14 +109,39 @@ class AsyncEngine:
     @property
     def num_waiting(self) -> int:
         """Count the requests that have not been started, those included that the engine has not seen yet."""
-        return len(self._unseen) + len(self._engine.scheduler.waiting)
+        return len(self._created) + len(self._unseen) + len(self._engine.scheduler.waiting)
 
     @property
     def num_running(self) -> int:
         """Count the requests that hold a cache."""
         return len(self._engine.scheduler.running)
 
-    async def generate(
+    def count_queued(self, num_slots: int) -> int:
+        """Count the requests that wait for others to end, of which `num_slots` may run at a time.
+
+        Those that the engine has not seen yet will not wait if there are slots and nobody is before them.
+        """
+        num_new = len(self._created) + len(self._unseen)
+        num_waiting = len(self._engine.scheduler.waiting)
+        num_free = 0 if num_waiting else num_slots - self.num_running
+        return num_waiting + max(0, num_new - num_free)
+
+    @property
+    def running(self) -> list[Request]:
+        """The requests that hold a cache, each choice on its own; the engine goes on changing them."""
+        return list(self._engine.scheduler.running)
+
+    @property
+    def num_preemptions(self) -> int:
+        """Count how often a request has given its cache back unfinished."""
+        return self._engine.scheduler.num_preemptions
+
+    @property
+    def seconds_in_step(self) -> float:
+        """Tell how long ago the current step began; 0 while there is nothing to do."""
+        return time.monotonic() - self._step_began if self._has_work else 0.0
+
+    def generate(
         self,
         prompt_token_ids: list[int],
         sampling_params: SamplingParams,
@@ -126,22 +164,37 @@ class AsyncEngine:
             RequestFailedError: This request could not be finished; others go on.
             EngineDeadError: The engine has ended.
         """
+        outputs = self._generate(prompt_token_ids, sampling_params, request_id, cache_salt)
+        self._created[request_id] = outputs
+        return outputs
+
+    async def _generate(
+        self, prompt_token_ids: list[int], sampling_params: SamplingParams, request_id: str, cache_salt: str
+    ) -> AsyncGenerator[RequestOutput, None]:
+        self._created.pop(request_id, None)
         self._engine.check_prompt(prompt_token_ids)
         if request_id in self._streams:
             raise ValueError(f"request id {request_id!r} is in use")
         stream = _Stream(asyncio.get_running_loop(), asyncio.Queue())
         num_unfinished = sampling_params.n
+        failure: Exception | None = None
+        timer = self._start_timer(request_id, stream)
         self._streams[request_id] = stream
+        self._observer.arrived(request_id, sampling_params)
         try:
             # Looked at after the stream is listed: a death from here on reaches the stream.
             if self._death is not None:
-                raise EngineDeadError(str(self._death))
+                failure = EngineDeadError(str(self._death))
+                raise failure
+            if not self._has_work:
+                self._step_began = time.monotonic()
             self._unseen.add(request_id)
             self._inbox.put(_Add(request_id, prompt_token_ids, sampling_params, cache_salt))
             while num_unfinished:
                 item = await stream.items.get()
                 if not isinstance(item, RequestOutput):
-                    num_unfinished = 0  # the engine has ended the other choices too
+                    failure = item
+                    num_unfinished = 0  # the engine has ended the other choices too, or been told to
                     raise item
                 num_unfinished -= item.finish_reason is not None
                 yield item
@@ -149,13 +202,36 @@ class AsyncEngine:
             del self._streams[request_id]
             if num_unfinished:
                 self._inbox.put(_Abort(request_id))
+            if timer is not None:
+                timer.cancel()
+            self._observer.left(request_id, failure)
+
+    @property
+    def _has_work(self) -> bool:
+        return bool(self._unseen) or self._engine.has_unfinished_requests
+
+    def _start_timer(self, request_id: str, stream: _Stream) -> asyncio.TimerHandle | None:
+        """End a request, be its outputs read or not, when its time is over."""
+        seconds = self._request_timeout
+        if seconds is None:
+            return None
+
+        def end() -> None:
+            message = f"The answer was not finished within the {seconds:g} seconds that it may take."
+            stream.items.put_nowait(RequestTimeoutError(request_id, message))
+            self._inbox.put(_Abort(request_id))
+
+        return stream.loop.call_later(seconds, end)
 
     def _run(self) -> None:
         """Work until shutdown or an error that belongs to no request. The engine thread's only function."""
         message = "The engine has been shut down."
         try:
             while self._receive():
-                self._deliver(self._engine.step())
+                self._step_began = time.monotonic()
+                outputs = self._engine.step()
+                self._tell_started()
+                self._deliver(outputs)
         except BaseException:
             logger.critical("the engine died", exc_info=True)
             message = "The engine died of an error; the server's log has the details."
@@ -185,13 +261,23 @@ class AsyncEngine:
                     message.sampling_params,
                     message.cache_salt,
                 )
+                self._unstarted.append(self._engine.scheduler.waiting[-1])
+
+    def _tell_started(self) -> None:
+        """Tell the observer which requests this step was the first for; they start in their order."""
+        while self._unstarted:
+            request = self._unstarted[0]
+            if request.num_cached_tokens is not None:
+                self._observer.started(request.request_id, self._step_began)
+            elif request.status is not RequestStatus.FINISHED:
+                return
+            self._unstarted.popleft()
 
     def _deliver(self, outputs: list[StepOutput]) -> None:
         streams = [(self._streams.get(output.request_id), output) for output in outputs]
         self._send([(stream, output) for stream, output in streams if stream is not None])
 
-    @staticmethod
-    def _send(items: list[tuple[_Stream, _StreamItem]]) -> None:
+    def _send(self, items: list[tuple[_Stream, _StreamItem]]) -> None:
         """Put items in their streams' queues, waking each event loop once."""
         items_of_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, _StreamItem]]] = defaultdict(list)
         for stream, item in items:
@@ -200,6 +286,8 @@ class AsyncEngine:
         def put(loop_items: list[tuple[_Stream, _StreamItem]]) -> None:
             for stream, item in loop_items:
                 stream.items.put_nowait(item)
+            outputs = [item for _, item in loop_items if not isinstance(item, EngineDeadError)]
+            self._observer.stepped(outputs)
 
         for loop, loop_items in items_of_loop.items():
             try:

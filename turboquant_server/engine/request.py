@@ -138,3 +138,7 @@ class RequestFailedError(RuntimeError):
     def __init__(self, request_id: str, message: str) -> None:
         super().__init__(message)
         self.request_id = request_id
+
+
+class RequestTimeoutError(RequestFailedError):
+    """One request has taken longer than it may."""

@@ -1,0 +1,76 @@
+"""The YAML file of --config, whose keys are the flags' names. Checks only these; values come later."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource
+
+# What vLLM calls them.
+ALIASES = {
+    "kv_cache_memory_bytes": "kv_cache_memory",
+    "max_num_queued_reqs": "max_num_queued_requests",
+}
+
+
+class ConfigFileError(ValueError):
+    """A file cannot be read as settings; the message is one sentence that names it."""
+
+
+class ConfigFileSource(PydanticBaseSettingsSource):
+    """Read the file that the setting ``config`` names, if any source before this one has set it."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        """Nothing asks for single fields; ``__call__`` returns all."""
+        raise NotImplementedError
+
+    def __call__(self) -> dict[str, Any]:
+        """Return the file's settings.
+
+        Raises:
+            ConfigFileError: It is not there, no YAML, or has a key that is no setting.
+        """
+        path = self.current_state.get("config")
+        return read_config_file(path, self.settings_cls) if isinstance(path, str) else {}
+
+
+def read_config_file(path: str, settings: type[BaseSettings]) -> dict[str, Any]:
+    """Return the values of a YAML file by the names of their fields; null stands for nothing.
+
+    Raises:
+        ConfigFileError: It is not there, no YAML, or has a key that is no setting.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text("utf-8"))
+    except OSError as error:
+        raise ConfigFileError(f"--config {path}: cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" at line {mark.line + 1}" if mark is not None else ""
+        raise ConfigFileError(f"--config {path}: is not valid YAML{place}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigFileError(f"--config {path}: must hold flags with values, such as max-model-len: 32k")
+    known = settings.model_fields.keys() - {"config"}
+    values: dict[str, Any] = {}
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        name = ALIASES.get(name, name)
+        if name not in known:
+            raise ConfigFileError(f"--config {path}: unknown key '{key}'{did_you_mean(name, known)}")
+        if name in values:
+            raise ConfigFileError(f"--config {path}: '{name}' is there twice")
+        values[name] = value
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """Return the end of a sentence about an unknown name: the closest known one, if any is close."""
+    matches = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {prefix}{matches[0]}?" if matches else ""

@@ -1,0 +1,74 @@
+"""uvicorn's server, with an end that takes its time: open requests finish, new ones are sent away."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+import time
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import uvicorn
+
+if TYPE_CHECKING:
+    from turboquant_server.api.door import Door
+    from turboquant_server.model_manager import ModelManager
+
+CUT_OFF_SECONDS = 5  # for the last words of what is cut off
+
+
+class DrainingServer(uvicorn.Server):
+    """Serve until a signal and until what was under way has finished.
+
+    The first signal closes the door: the port stays open, and what comes is answered with 503. When nobody
+    is inside any more, or the time is over, or after a second signal, the server ends; what is cut off gets
+    an error of its own.
+
+    Args:
+        config: uvicorn's.
+        door: Of the application.
+        model_manager: Its engine ends the requests that are cut off.
+        timeout: Seconds from the first signal to the cut.
+    """
+
+    def __init__(
+        self, config: uvicorn.Config, door: Door, model_manager: ModelManager, timeout: float
+    ) -> None:
+        super().__init__(config)
+        self._door = door
+        self._model_manager = model_manager
+        self._timeout = timeout
+        self._signal: int | None = None
+        self._cut_time = math.inf
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Take a signal; what is to be done is done by the next tick, outside the signal's handler."""
+        if self._signal is None:
+            self._signal = sig
+            self._cut_time = time.monotonic() + self._timeout
+            self._door.is_closing = True
+        else:
+            self._cut_time = 0.0
+
+    async def on_tick(self, counter: int) -> bool:
+        """Look ten times a second whether it is time to end."""
+        if self._signal is not None:
+            is_cut_off = time.monotonic() >= self._cut_time
+            if is_cut_off:
+                threading.Thread(target=self._cut_off, name="cut off", daemon=True).start()
+            if is_cut_off or not self._door.num_inside:
+                super().handle_exit(self._signal, None)
+        return await super().on_tick(counter)
+
+    def _cut_off(self) -> None:
+        # Neither a step that hangs nor a client that does not read may keep the process.
+        timer = threading.Timer(2 * CUT_OFF_SECONDS, _kill)
+        timer.daemon = True
+        timer.start()
+        if self._model_manager.is_ready:
+            self._model_manager.engine.shutdown()
+
+
+def _kill() -> None:
+    os._exit(1)
