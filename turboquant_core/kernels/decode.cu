@@ -125,9 +125,10 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
 #endif
     __syncwarp();
     Item* items = (Item*)(memory + ITEMS_AT) + 2 * warp;
-    Item& item = items[0];
-    item.find(number, work_starts, num_heads, batch, lane);
-    items[1] = item;
+    Item found;
+    found.find(number, work_starts, num_heads, batch, lane);
+    found.store(items[0]);
+    found.store(items[1]);
     Feed feed(args, ring, barriers, offsets, items[1], number, end);
     for (int i = 0; i < RING_SLOTS; i++) feed.copy(lane);
     wait_for_previous();
@@ -137,10 +138,13 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
     StoredQueries operands;
     u32 place = 0, parity = 0;
     while (number < end) {  // a segment, or what this warp has of it
+      Item item = items[0];
       item.advance(number, work_starts, num_heads);
+      item.store(items[0]);
       const u32 exact_end = item.start + EXACT_WORK;
       const bool is_exact = number < exact_end;
       const u32 segment_end = is_exact ? exact_end : item.start + item.count, stop = min(end, segment_end);
+      const int segment = 2 * (item.request * num_heads + item.head) + !is_exact;
       softmax.reset();
       if (is_exact) {
         for (int tile = pieces(number - item.start, TILE_WORK); tile < pieces(stop - item.start, TILE_WORK); tile++)
@@ -162,10 +166,10 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
         }
       }
       number = stop;
-      const int segment = 2 * (item.request * num_heads + item.head) + !is_exact;
       const bool is_finished = stop == segment_end;
-      write_warp(softmax, is_exact, lane,
-                 is_finished ? partials + (partial_of(blockIdx.x, segment) + 1ll) * PARTIAL : (float*)(memory + warp * RING_BYTES));
+      float* target = is_finished ? partials + (partial_of(blockIdx.x, segment) + 1ll) * PARTIAL
+                                  : (float*)(memory + warp * RING_BYTES);
+      write_warp(softmax, is_exact, lane, target);
       if (!is_finished) left = segment;
     }
   }

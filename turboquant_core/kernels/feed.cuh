@@ -5,7 +5,7 @@ struct Feed {
   const Arguments& args;
   const u32 ring, barriers, offsets;  // shared memory: see decode
   const u32 end;                      // of the share
-  Item& item;                         // in shared memory, as it is seldom needed
+  Item& latest;                       // in shared memory, as it is seldom needed
   u32 next;                           // number after those of the request and head whose halves are copied
   u32 place;
   int left;                           // halves of it, and of its block
@@ -14,8 +14,8 @@ struct Feed {
   const int* ids;
   int following, head;                // id of the block that follows; the kv head
 
-  DEVICE Feed(const Arguments& args, u32 ring, u32 barriers, u32 offsets, Item& item, u32 number, u32 end)
-      : args(args), ring(ring), barriers(barriers), offsets(offsets), end(end), item(item), next(number), place(0) {
+  DEVICE Feed(const Arguments& args, u32 ring, u32 barriers, u32 offsets, Item& latest, u32 number, u32 end)
+      : args(args), ring(ring), barriers(barriers), offsets(offsets), end(end), latest(latest), next(number), place(0) {
     go_on();
   }
   DEVICE const u8* address(int block) const {
@@ -23,6 +23,7 @@ struct Feed {
   }
   // To the next request and head of which the share has halves.
   DEVICE void go_on() {
+    Item item = latest;
     for (left = 0; left == 0 && next < end; next = item.start + item.count) {
       item.advance(next, args.work_starts, args.num_heads);
       const u32 exact_end = item.start + EXACT_WORK, stop = min(end, item.start + item.count);
@@ -36,6 +37,7 @@ struct Feed {
       source = address(*ids) + is_second * HALF_BYTES;
       if (left > 2 - is_second) following = *++ids;
     }
+    item.store(latest);
   }
   // Copy the next half, if there is one.
   DEVICE void copy(int lane) {

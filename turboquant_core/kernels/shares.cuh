@@ -17,6 +17,11 @@ DEVICE int pieces(u32 work, u32 of_each) { return (work + of_each - 1) / of_each
 struct Item {
   int request, head;     // kv head
   u32 start, count;      // of the work on this request and head
+  DEVICE void store(Item& target) const {  // for all lanes, each of which has the same
+    __syncwarp();
+    if ((threadIdx.x & 31) == 0) target = *this;
+    __syncwarp();
+  }
   DEVICE void advance(u32 number, const int* work_starts, int num_heads) {
     while (number >= start + count) {
       start += count;
