@@ -48,6 +48,10 @@ def imported_modules(file: Path) -> Iterator[str]:
         ("turboquant_server/api", "torch"),
         ("turboquant_server/engine", "fastapi"),
         ("turboquant_server/engine", "turboquant_server.api"),
+        ("turboquant_server/parsing", "fastapi"),
+        ("turboquant_server/parsing", "torch"),
+        ("turboquant_server/parsing", "turboquant_server.api"),
+        ("turboquant_server/parsing", "turboquant_server.engine"),
     ],
 )
 def test_imports_point_one_way(folder: str, forbidden: str) -> None:

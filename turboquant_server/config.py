@@ -57,6 +57,26 @@ class ModelConfig(BaseModel):
         "none", description="quantize the model's weights with bitsandbytes: none, int8 or int4"
     )
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+    tool_call_parser: Literal[
+        "auto",
+        "none",
+        "deepseek_v3",
+        "deepseek_v31",
+        "hermes",
+        "llama3_json",
+        "mistral",
+        "openai",
+        "qwen3_coder",
+    ] = Field(
+        "auto",
+        description="how the model writes tool calls: auto finds it in the chat template, none leaves them "
+        "in the text; or deepseek_v3, deepseek_v31, hermes, llama3_json, mistral, openai or qwen3_coder",
+    )
+    reasoning_parser: Literal["auto", "none", "deepseek_r1", "mistral", "openai_gptoss", "qwen3"] = Field(
+        "auto",
+        description="how the model marks its reasoning: auto finds it in the chat template, none leaves it "
+        "in the text; or deepseek_r1, mistral, openai_gptoss or qwen3",
+    )
 
     @field_validator("served_model_name", mode="before")
     @classmethod

@@ -20,11 +20,13 @@ from turboquant_server.cache_usage import measure_usage
 from turboquant_server.engine.async_engine import AsyncEngine
 from turboquant_server.engine.compiled_forward import compile_forward
 from turboquant_server.engine.engine import Engine
+from turboquant_server.engine.grammar import GrammarCompiler
 from turboquant_server.engine.model_runner import ModelRunner
 from turboquant_server.engine.scheduler import Scheduler
 from turboquant_server.load_error import ModelLoadError
 from turboquant_server.metrics import EngineState, Metrics
 from turboquant_server.model_loader import LoadedModel, load_model
+from turboquant_server.parsing.chat_format import ChatFormat
 from turboquant_server.startup_report import format_report
 
 if TYPE_CHECKING:
@@ -107,8 +109,11 @@ class ModelManager:
                 "try --quantize int8 or int4, or a smaller model"
             ) from error
         self.tokenizer: PreTrainedTokenizerBase = tokenizer
+        self.chat_format = ChatFormat(tokenizer, self._config.tool_call_parser, self._config.reasoning_parser)
         self._model: PreTrainedModel = model
         embeddings: Any = model.get_input_embeddings()
+        eos_token_ids = find_eos_token_ids(model, tokenizer)
+        self.grammars = GrammarCompiler(tokenizer, embeddings.num_embeddings, eos_token_ids)
         runner = ModelRunner(model, store, states, is_paged=attention.is_paged, compiled=compiled)
         if runner.can_capture and not self._config.enforce_eager:
             runner.capture_graphs(self._cache_size.num_slots, self.max_model_len)
@@ -119,7 +124,7 @@ class ModelManager:
             runner,
             # Fast tokenizers must not be shared between threads.
             copy.deepcopy(tokenizer),
-            find_eos_token_ids(model, tokenizer),
+            eos_token_ids,
             vocab_size=embeddings.num_embeddings,
             max_model_len=self.max_model_len,
             overlaps_steps=model.device.type == "cuda",
@@ -206,7 +211,7 @@ class ModelManager:
         """Stop the engine and release the model's memory; requests in flight get EngineDeadError."""
         self.is_ready = False
         self.engine.shutdown()
-        del self.engine, self._model, self.tokenizer, self._cache_manager, self._cache_plan
+        del self.engine, self.grammars, self._model, self.tokenizer, self._cache_manager, self._cache_plan
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -219,6 +224,7 @@ class ModelManager:
             load_format=self._config.load_format,
             quantize=self._config.quantize,
             load_seconds=self._load_seconds,
+            chat_format=str(self.chat_format),
             cache_plan=self._cache_plan,
             cache_size=self._cache_size,
             max_model_len=self.max_model_len,

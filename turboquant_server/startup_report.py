@@ -20,6 +20,7 @@ def format_report(
     load_format: str,
     quantize: str,
     load_seconds: float,
+    chat_format: str,
     cache_plan: CachePlan,
     cache_size: CacheSize,
     max_model_len: int,
@@ -32,6 +33,7 @@ def format_report(
         load_format: Where its weights come from, auto or dummy.
         quantize: How its weights were quantized on loading, or none.
         load_seconds: How long loading took.
+        chat_format: How its answers are read.
         cache_plan: How the cache is kept.
         cache_size: What it holds.
         max_model_len: Most tokens of a request.
@@ -47,6 +49,7 @@ def format_report(
         "context": f"{max_model_len:,} tokens",
         **_format_cache(cache_plan, cache_size, model.dtype),
         "requests": _format_requests(cache_size, max_model_len),
+        "answers": chat_format,
     }
     width = max(map(len, lines)) + 2
     return "\n".join(f"{label:<{width}}{text}" for label, text in lines.items())

@@ -186,3 +186,18 @@ def test_a_long_run_of_tokens_without_text_does_not_slow_down(token_id: int) -> 
     for _ in range(5 * MAX_HELD_TOKENS):
         detokenizer.append(token_id)
     assert max(decoded_lengths) <= 2 * MAX_HELD_TOKENS
+
+
+@pytest.mark.parametrize("min_tokens", [0, 1, 3, 5, 9])
+def test_the_text_of_the_first_min_tokens_has_no_stop_string_in_it(
+    tiny_tokenizer: PreTrainedTokenizerFast, min_tokens: int
+) -> None:
+    token_ids = [tiny_tokenizer.encode(letter, add_special_tokens=False)[0] for letter in "abcabcab"]
+    for include_stop in (False, True):
+        detokenizer = Detokenizer(
+            tiny_tokenizer, [], ("ca", "zz"), include_stop=include_stop, min_tokens=min_tokens
+        )
+        text = "".join(detokenizer.append(token_id) for token_id in token_ids) + detokenizer.flush()
+        start = "abcabcab".find("ca", min_tokens)
+        assert detokenizer.stopped is (start >= 0)
+        assert text == ("abcabcab" if start < 0 else "abcabcab"[: start + 2 * include_stop])

@@ -157,7 +157,7 @@ def test_the_report_names_the_model_and_what_its_cache_takes(
     manager: ModelManager, tiny_model_dir: Path
 ) -> None:
     lines = manager.startup_report().splitlines()
-    labels = ["model", "loaded in", "context", "KV cache", "memory", "requests"]
+    labels = ["model", "loaded in", "context", "KV cache", "memory", "requests", "answers"]
     assert [line.split("  ")[0] for line in lines] == labels
     assert lines[0] == f"model      {tiny_model_dir} (llama, 471K parameters, float32 on cpu)"
     assert lines[2] == "context    2,048 tokens"

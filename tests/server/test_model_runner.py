@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from turboquant_core import Timeline
 from turboquant_server.attention_check import find_attention
-from turboquant_server.engine import model_runner
+from turboquant_server.engine import token_drawer
 from turboquant_server.engine.decode_graphs import batch_sizes
 from turboquant_server.engine.model_runner import ModelRunner
 from turboquant_server.engine.request import RequestFailedError
@@ -124,12 +124,12 @@ def test_a_failure_to_sample_ends_only_its_request(
     expected = answers(bench)
     position = len(PROMPTS["b"]) + step
 
-    def fail(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+    def fail(logits: torch.Tensor, rows: Sequence[SamplingRow], *counts: Any) -> torch.Tensor:
         if any(row.position == position for row in rows):
             raise torch.OutOfMemoryError
         return sample(logits, rows)
 
-    monkeypatch.setattr(model_runner, "sample", fail)
+    monkeypatch.setattr(token_drawer, "sample", fail)
     add_all(bench, 4)
     outputs = bench.run()
     *tokens, failure = outputs.pop("b")

@@ -46,6 +46,22 @@ def make_bench(tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerF
     return make
 
 
+def random_adjustments(draw: random.Random) -> dict[str, Any]:
+    """Return, for every other request, some of what changes logits or is told of them."""
+    some: dict[str, Any] = {
+        "min_p": draw.choice([0.02, 0.2]),
+        "frequency_penalty": draw.choice([-0.7, 1.1]),
+        "presence_penalty": draw.choice([-1.3, 0.9]),
+        "repetition_penalty": draw.choice([0.8, 1.7]),
+        "logit_bias": ((draw.randrange(300), 5.0), (draw.choice(EOS), 3.0)),
+        "stop_token_ids": tuple(draw.sample(range(300), 3)),
+        "include_stop": True,
+        "min_tokens": 1,
+        "logprobs": draw.choice([0, 3, 20]),
+    }
+    return {name: some[name] for name in some if draw.random() < 0.4} if draw.random() < 0.5 else {}
+
+
 def random_requests(draw: random.Random, count: int) -> dict[str, tuple[list[int], SamplingParams]]:
     """Return requests that end in all ways: by a token, by a text, by either length, in one or many steps."""
     requests = {}
@@ -61,6 +77,7 @@ def random_requests(draw: random.Random, count: int) -> dict[str, tuple[list[int
             n=draw.choice([1, 1, 2, 4]),
             stop=tuple(draw.sample("abcdefghij", draw.choice([0, 1, 2]))),
             ignore_eos=draw.random() < 0.3,
+            **random_adjustments(draw),
         )
         requests[str(index)] = prompt, params
     return requests

@@ -34,9 +34,18 @@ EXACT_SIZE = dataclasses.replace(SIZE, exact_bytes=196 * 512 * 2, block_bytes=(6
 
 def report(model: PreTrainedModel, plan: CachePlan, size: CacheSize = SIZE, **weights: str) -> list[str]:
     weights = {"load_format": "auto", "quantize": "none", **weights}
-    return format_report(
-        "tiny", model, load_seconds=1.234, cache_plan=plan, cache_size=size, max_model_len=2048, **weights
+    *lines, answers = format_report(
+        "tiny",
+        model,
+        load_seconds=1.234,
+        chat_format="as hermes",
+        cache_plan=plan,
+        cache_size=size,
+        max_model_len=2048,
+        **weights,
     ).splitlines()
+    assert answers.split("  ")[0] == "answers" and answers.endswith("  as hermes")
+    return lines
 
 
 def test_the_lines_are_aligned_and_exact(tiny_model: PreTrainedModel) -> None:

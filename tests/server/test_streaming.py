@@ -13,7 +13,7 @@ from openai import OpenAI
 from openai.types import Completion
 from openai.types.chat import ChatCompletionChunk
 
-from turboquant_server.engine import model_runner
+from turboquant_server.engine import token_drawer
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -27,13 +27,13 @@ SOON = 3.0
 @pytest.fixture
 def slow_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let each token take SLOW_STEP seconds."""
-    sample = model_runner.sample
+    sample = token_drawer.sample
 
     def slow_sample(*arguments: Any, **options: Any) -> Any:
         time.sleep(SLOW_STEP)
         return sample(*arguments, **options)
 
-    monkeypatch.setattr(model_runner, "sample", slow_sample)
+    monkeypatch.setattr(token_drawer, "sample", slow_sample)
 
 
 @pytest.fixture

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
+from pydantic import BaseModel
 from starlette.requests import ClientDisconnect, Request
 
 from turboquant_server.api.errors import invalid_request, queue_full
+from turboquant_server.api.prompts import check_token_ids
 from turboquant_server.api.protocol import CompletionUsage, GenerationRequest, PromptTokensDetails
+from turboquant_server.api.streaming import format_chunk
 from turboquant_server.engine.request import FinishReason, RequestOutput
 from turboquant_server.engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
+    from turboquant_server.engine.grammar import Grammar
+    from turboquant_server.engine.logprobs import TokenLogprobs
     from turboquant_server.model_manager import ModelManager
 
 # The index of an answer and what a step adds to it. Each prompt has `n` answers, one after another.
@@ -40,6 +45,8 @@ class Answer:
     num_cached_tokens: int = 0
     num_output_tokens: int = 0
     finish_reason: FinishReason | None = None
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     def add(self, output: RequestOutput) -> None:
         """Append what one step has added."""
@@ -48,10 +55,24 @@ class Answer:
         self.num_cached_tokens = output.num_cached_tokens
         self.num_output_tokens = output.num_output_tokens
         self.finish_reason = output.finish_reason
+        self.token_ids += output.token_ids
+        self.logprobs += output.logprobs
+
+    def take_tokens(self) -> tuple[list[int], list[TokenLogprobs]]:
+        """Return the tokens that have come since this was called before, and what is known of them."""
+        taken = self.token_ids, self.logprobs
+        self.token_ids, self.logprobs = [], []
+        return taken
 
 
 def make_prompt(
-    body: GenerationRequest, token_ids: list[int], max_tokens: int | None, max_model_len: int, param: str
+    body: GenerationRequest,
+    token_ids: list[int],
+    max_tokens: int | None,
+    max_model_len: int,
+    param: str,
+    skipped_token_ids: frozenset[int] | None = None,
+    grammar: Grammar | None = None,
 ) -> Prompt:
     """Join a prompt and the request's sampling fields.
 
@@ -61,11 +82,14 @@ def make_prompt(
         max_tokens: Most tokens to generate, cut to the room that the prompt leaves; None takes all of it.
         max_model_len: Most tokens of prompt and answer together.
         param: The field that the prompt came from.
+        skipped_token_ids: Tokens that have no text; None stands for all special tokens.
+        grammar: What the answer must look like.
 
     Raises:
         ApiError: The prompt has no tokens or leaves no room for an answer (400).
     """
     room = max_model_len - len(token_ids)
+    min_tokens = body.min_tokens or 0
     if not token_ids:
         raise invalid_request(f"Invalid '{param}': the prompt has no tokens.", param, "invalid_value")
     if room < 1:
@@ -75,17 +99,41 @@ def make_prompt(
             param,
             "context_length_exceeded",
         )
+    if max_tokens is not None and min_tokens > max_tokens:
+        message = f"Invalid 'min_tokens': {min_tokens} is more than max_tokens, which is {max_tokens}."
+        raise invalid_request(message, "min_tokens", "invalid_value")
     sampling_params = SamplingParams(
         max_tokens=room if max_tokens is None else min(max_tokens, room),
         n=body.n or 1,
         temperature=1.0 if body.temperature is None else body.temperature,
         top_p=1.0 if body.top_p is None else body.top_p,
         top_k=max(body.top_k or 0, 0),
+        min_p=body.min_p or 0.0,
         seed=body.seed,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        presence_penalty=body.presence_penalty or 0.0,
+        repetition_penalty=body.repetition_penalty or 1.0,
+        logit_bias=tuple((int(token_id), bias) for token_id, bias in (body.logit_bias or {}).items()),
+        min_tokens=min(min_tokens, room),
         stop=body.stop_strings,
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        include_stop=bool(body.include_stop_str_in_output),
         ignore_eos=bool(body.ignore_eos),
+        logprobs=body.num_logprobs,
+        skipped_token_ids=skipped_token_ids,
+        grammar=grammar,
     )
     return Prompt(token_ids, sampling_params, body.cache_salt or "")
+
+
+def check_vocabulary(body: GenerationRequest, vocab_size: int) -> None:
+    """Check that the model has the tokens that a request names, but for its prompts.
+
+    Raises:
+        ApiError: It lacks one (400).
+    """
+    check_token_ids(body.stop_token_ids or (), vocab_size, "stop_token_ids")
+    check_token_ids([int(token_id) for token_id in body.logit_bias or ()], vocab_size, "logit_bias")
 
 
 def generate(model_manager: ModelManager, prompts: Sequence[Prompt], request_id: str) -> Outputs:
@@ -149,15 +197,14 @@ async def _join(requests: list[AsyncGenerator[RequestOutput, None]], num_choices
             task.cancel()
 
 
-async def collect(outputs: Outputs, num_answers: int, http_request: Request) -> list[Answer]:
-    """Wait for all answers, as long as the client does.
+async def collect(outputs: Outputs, answers: Sequence[Answer], http_request: Request) -> None:
+    """Fill all answers, as long as the client waits.
 
     Nothing cancels the function that answers a request when its client leaves, so this waits for both.
 
     Raises:
         ClientDisconnect: The client has left; the requests are aborted.
     """
-    answers = [Answer() for _ in range(num_answers)]
 
     async def read() -> None:
         async with aclosing(outputs):
@@ -178,7 +225,6 @@ async def collect(outputs: Outputs, num_answers: int, http_request: Request) -> 
     finally:
         reading.cancel()
         leaving.cancel()
-    return answers
 
 
 def count_usage(answers: Sequence[Answer], num_choices: int) -> CompletionUsage:
@@ -194,3 +240,15 @@ def count_usage(answers: Sequence[Answer], num_choices: int) -> CompletionUsage:
             cached_tokens=sum(answer.num_cached_tokens for answer in firsts)
         ),
     )
+
+
+def chunk_writer(
+    template: BaseModel, body: GenerationRequest, answers: Sequence[Answer], num_choices: int
+) -> Callable[..., str]:
+    """Return what gives a template fields and makes it JSON, with the usage so far if that is wanted."""
+
+    def write(**fields: object) -> str:
+        usage = count_usage(answers, num_choices) if body.continuous_usage else None
+        return format_chunk(template, body.include_usage, **{"usage": usage, **fields})
+
+    return write

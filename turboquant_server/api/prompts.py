@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-import jinja2
-
+from turboquant_server.api.conversation import to_template
 from turboquant_server.api.errors import invalid_request
 from turboquant_server.api.protocol import ChatMessage
+from turboquant_server.api.spelling import Spelling, spell_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -18,6 +19,13 @@ if TYPE_CHECKING:
     from turboquant_server.model_manager import ModelManager
 
 Result = TypeVar("Result")
+
+
+class ChatPrompt(NamedTuple):
+    """A conversation in the model's own format, as text and as tokens."""
+
+    text: str
+    token_ids: list[int]
 
 
 class PromptTokenizer:
@@ -32,6 +40,7 @@ class PromptTokenizer:
 
     def __init__(self, model_manager: ModelManager) -> None:
         self._model_manager = model_manager
+        self._spellings: dict[int, Spelling] = {}
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
 
     async def tokenize_text(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -42,21 +51,35 @@ class PromptTokenizer:
         self,
         messages: Sequence[ChatMessage],
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         add_special_tokens: bool = False,
-    ) -> list[int]:
-        """Return the tokens of a conversation in the model's own format.
+    ) -> ChatPrompt:
+        """Return a conversation in the model's own format.
 
         Args:
             messages: The conversation.
+            tools: What the model may call, as OpenAI describes it.
+            template_kwargs: More variables of the chat template.
             add_generation_prompt: Go on to where the answer starts.
+            continue_final_message: Leave the last message open, so that the answer goes on with it.
             add_special_tokens: Add those that the model wants at the start of a text, which a template
                 writes itself.
 
         Raises:
             ApiError: The model has no chat template, or it refuses this conversation (400).
         """
-        return await self._run(_tokenize_chat, messages, add_generation_prompt, add_special_tokens)
+        has_text_arguments = self._model_manager.chat_format.has_text_arguments
+        options = {
+            "tools": tools,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+        }
+        return await self._run(
+            _tokenize_chat, messages, has_text_arguments, options, template_kwargs or {}, add_special_tokens
+        )
 
     async def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of tokens, special ones included."""
@@ -65,6 +88,12 @@ class PromptTokenizer:
     async def name_tokens(self, token_ids: Sequence[int]) -> list[str | None]:
         """Return what the tokenizer calls each token; None where it has no name."""
         return await self._run(_name_tokens, token_ids)
+
+    async def spell(self, token_ids: Iterable[int]) -> Mapping[int, Spelling]:
+        """Return what these tokens stand for; others may be among them."""
+        if unknown := set(token_ids) - self._spellings.keys():
+            self._spellings |= await self._run(spell_tokens, sorted(unknown))
+        return self._spellings
 
     async def _run(self, function: Callable[..., Result], *args: object) -> Result:
         loop = asyncio.get_running_loop()
@@ -99,31 +128,34 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens:
 def _tokenize_chat(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[ChatMessage],
-    add_generation_prompt: bool,
+    has_text_arguments: bool,
+    options: Mapping[str, Any],
+    template_kwargs: Mapping[str, Any],
     add_special_tokens: bool,
-) -> list[int]:
+) -> ChatPrompt:
     if not tokenizer.chat_template:
         raise invalid_request("This model has no chat template; use /v1/completions instead.")
-    knows_developer = "developer" in str(tokenizer.chat_template)
-    conversation = [_to_template(message, knows_developer) for message in messages]
+    for name in inspect.signature(tokenizer.apply_chat_template).parameters.keys() & template_kwargs.keys():
+        param = f"chat_template_kwargs.{name}"
+        raise invalid_request(f"Invalid '{param}': it is no variable of templates.", param, "invalid_value")
+    conversation = to_template(messages, str(tokenizer.chat_template), has_text_arguments)
     try:
-        text = tokenizer.apply_chat_template(
-            conversation, add_generation_prompt=add_generation_prompt, tokenize=False
-        )
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
+        text = _render(tokenizer, conversation, {**options, **template_kwargs})
+        text.encode()  # JSON in JSON, such as a call's arguments, can make a lone surrogate, too
+    except Exception as error:  # templates fail in many ways, and clients choose their variables
         message = f"The model's chat template does not take these messages: {error}"
         raise invalid_request(message, "messages") from error
-    return _tokenize(tokenizer, str(text), add_special_tokens)
+    return ChatPrompt(text, _tokenize(tokenizer, text, add_special_tokens))
 
 
-def _to_template(message: ChatMessage, knows_developer: bool) -> dict[str, Any]:
-    """Return a message as chat templates expect it: content as one string."""
-    parts = [message.content] if isinstance(message.content, str) else [part.text for part in message.content]
-    # "developer" is OpenAI's newer word for "system"; most templates would drop such a message.
-    role = "system" if message.role == "developer" and not knows_developer else message.role
-    optional = {"name": message.name, "tool_call_id": message.tool_call_id}
-    return {
-        "role": role,
-        "content": "\n".join(parts),
-        **{key: value for key, value in optional.items() if value is not None},
-    }
+def _render(
+    tokenizer: PreTrainedTokenizerBase, conversation: list[dict[str, Any]], options: Mapping[str, Any]
+) -> str:
+    try:
+        return str(tokenizer.apply_chat_template(conversation, tokenize=False, **options))
+    except Exception:
+        if all(message["content"] is not None for message in conversation):
+            raise
+    # Calls without text: some templates look whether there is a content, others add to it.
+    conversation = [{**message, "content": message["content"] or ""} for message in conversation]
+    return str(tokenizer.apply_chat_template(conversation, tokenize=False, **options))

@@ -68,11 +68,12 @@ async def tokenize(
     if (body.prompt is None) is (body.messages is None):
         raise invalid_request("Give either 'prompt' or 'messages'.", "prompt")
     if body.messages is not None:
-        token_ids = await prompt_tokenizer.tokenize_chat(
+        chat = await prompt_tokenizer.tokenize_chat(
             body.messages,
             add_generation_prompt=body.add_generation_prompt is not False,
             add_special_tokens=bool(body.add_special_tokens),
         )
+        token_ids = chat.token_ids
     else:
         add_special_tokens = body.add_special_tokens is not False
         token_ids = await prompt_tokenizer.tokenize_text(body.prompt or "", add_special_tokens)

@@ -20,25 +20,38 @@ class Detokenizer:
     """Turn one request's tokens into pieces of text; all pieces together are the text of the answer.
 
     A piece is held back while it ends in an unfinished UTF-8 sequence, or in what may become a stop string.
-    Special tokens are skipped. Of several stop strings the one that is complete first ends the text, the
-    longest of those that are complete at the same character; so the text does not depend on how it is cut
-    into tokens.
+    Special tokens have no text, or other tokens do not. Of several stop strings the one that is complete
+    first ends the text, the longest of those that are complete at the same character; so the text does not
+    depend on how it is cut into tokens.
 
     Args:
         tokenizer: The model's tokenizer.
         prompt_token_ids: What the answer continues.
         stop: Texts that end the answer and are no part of it.
+        skipped_token_ids: Tokens that have no text; None stands for all special tokens.
+        include_stop: The one that ends it is part of it after all.
+        min_tokens: No stop string is looked for in the text of so many tokens.
 
     Attributes:
         stopped: A stop string was found; no text comes after it.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, prompt_token_ids: Sequence[int], stop: tuple[str, ...] = ()
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt_token_ids: Sequence[int],
+        stop: tuple[str, ...] = (),
+        skipped_token_ids: frozenset[int] | None = None,
+        *,
+        include_stop: bool = False,
+        min_tokens: int = 0,
     ) -> None:
         self.stopped = False
         self._tokenizer = tokenizer
         self._stop = stop
+        self._include_stop = include_stop
+        self._num_unwatched_tokens = min_tokens
+        self._skipped_token_ids = skipped_token_ids
         # Decoded and given out; kept because the tokens after them may decode differently without them.
         self._context = list(prompt_token_ids[-NUM_CONTEXT_TOKENS:])
         self._context_text: str | None = None  # decoded with the first token: decoding may fail
@@ -48,6 +61,8 @@ class Detokenizer:
     def append(self, token_id: int) -> str:
         """Take one token and return the text that is certain now, often none."""
         self._held_tokens.append(token_id)
+        if self._num_unwatched_tokens >= 0:
+            self._num_unwatched_tokens -= 1
         text = self._decode(self._context + self._held_tokens)
         if text.endswith(REPLACEMENT_CHARACTER) and len(self._held_tokens) < MAX_HELD_TOKENS:
             return ""
@@ -72,12 +87,15 @@ class Detokenizer:
             self._held_tokens = []
         if self.stopped:
             return ""
+        if self._num_unwatched_tokens >= 0:
+            return new_text
         piece = self._held_text + new_text
         matches = [(start + len(stop), start) for stop in self._stop if (start := piece.find(stop)) >= 0]
         if matches:
             self.stopped = True
             self._held_text = ""
-            return piece[: min(matches)[1]]
+            end, start = min(matches)
+            return piece[: end if self._include_stop else start]
         num_certain = len(piece) - self._count_possible_stop(piece)
         self._held_text = piece[num_certain:]
         return piece[:num_certain]
@@ -91,6 +109,11 @@ class Detokenizer:
         return 0
 
     def _decode(self, token_ids: list[int]) -> str:
+        skipped = self._skipped_token_ids
+        if skipped is not None:
+            token_ids = [token_id for token_id in token_ids if token_id not in skipped]
         return str(
-            self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            self._tokenizer.decode(
+                token_ids, skip_special_tokens=skipped is None, clean_up_tokenization_spaces=False
+            )
         )

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 from turboquant_server.engine.detokenizer import Detokenizer
+from turboquant_server.engine.logprobs import read_logprobs
 from turboquant_server.engine.request import (
     FinishReason,
     Request,
@@ -108,21 +109,37 @@ class Engine:
         """
         self.check_prompt(prompt_token_ids)
         seed = secrets.randbits(63) if sampling_params.seed is None else sampling_params.seed
+        end_token_ids = frozenset(sampling_params.stop_token_ids)
+        grammar = sampling_params.grammar
+        if grammar is not None or not sampling_params.ignore_eos:
+            end_token_ids |= self._eos_token_ids
         choices = [
             Request(
                 request_id,
                 prompt_token_ids,
                 sampling_params,
-                Detokenizer(self._tokenizer, prompt_token_ids, sampling_params.stop),
+                self._detokenizer(prompt_token_ids, sampling_params),
                 seed=seed,
                 choice_index=index,
                 cache_salt=cache_salt.encode(),
                 max_model_len=self.max_model_len,
+                end_token_ids=end_token_ids,
+                matcher=None if grammar is None else grammar.open(),
             )
             for index in range(sampling_params.n)
         ]
         first, *first.forks = choices
         self.scheduler.add(first)
+
+    def _detokenizer(self, prompt_token_ids: list[int], sampling_params: SamplingParams) -> Detokenizer:
+        return Detokenizer(
+            self._tokenizer,
+            prompt_token_ids,
+            sampling_params.stop,
+            sampling_params.skipped_token_ids,
+            include_stop=sampling_params.include_stop,
+            min_tokens=sampling_params.min_tokens,
+        )
 
     def check_prompt(self, prompt_token_ids: list[int]) -> None:
         """Raise the ValueError of add_request; safe on any thread."""
@@ -170,6 +187,7 @@ class Engine:
     def _collect(self, step: _LaunchedStep) -> Iterator[StepOutput]:
         """Wait for a step and take in what it has computed."""
         token_ids = step.pending.token_ids()
+        logprobs = step.pending.logprobs()
         for choice, index, result in step.choices:
             if choice.status is RequestStatus.FINISHED:
                 continue  # by the token before, by an abort, or as another choice of the request has failed
@@ -177,7 +195,7 @@ class Engine:
                 self.abort_request(choice.request_id)
                 yield result
             else:
-                yield self._take_in(choice, index, token_ids[result])
+                yield self._take_in(choice, index, token_ids[result], logprobs.get(result))
 
     def _fork(self, request: Request) -> list[Request]:
         assert request.cache is not None
@@ -186,7 +204,9 @@ class Engine:
             self._model_runner.copy_slot(request.cache.slot, slot)
         return [fork for fork, _ in started]
 
-    def _take_in(self, request: Request, index: int, token_id: int) -> StepOutput:
+    def _take_in(
+        self, request: Request, index: int, token_id: int, row: Sequence[float] | None
+    ) -> StepOutput:
         """Return what the token with this index adds to a request."""
         if token_id == INVALID_TOKEN_ID:
             logger.error("request %s got logits that are not finite", request.request_id)
@@ -215,13 +235,15 @@ class Engine:
             finish_reason=finish_reason,
             num_cached_tokens=request.num_cached_tokens or 0,
             choice_index=request.choice_index,
+            logprobs=() if row is None else (read_logprobs(row, request.sampling_params.logprobs or 0),),
         )
 
     def _extend_text(self, request: Request, index: int) -> tuple[str, FinishReason | None]:
         """Return the text that a new token makes certain and, if it ends the answer, why."""
         detokenizer, token_id = request.detokenizer, request.token_ids[index]
-        if token_id in self._eos_token_ids and not request.sampling_params.ignore_eos:
-            return detokenizer.flush(), FinishReason.STOP
+        if token_id in request.end_token_ids:
+            text = detokenizer.append(token_id) if request.sampling_params.include_stop else ""
+            return text + detokenizer.flush(), FinishReason.STOP
         text = detokenizer.append(token_id)
         if index + 1 >= request.max_num_tokens:
             text += detokenizer.flush()

@@ -23,22 +23,20 @@ from turboquant_core import (
     upload,
 )
 from turboquant_server.engine.decode_graphs import DecodeGraphs
+from turboquant_server.engine.grammar import GrammarError
 from turboquant_server.engine.model_forward import ModelForward
 from turboquant_server.engine.pending_step import PendingStep, StepResult
 from turboquant_server.engine.request import RequestFailedError
-from turboquant_server.engine.sampler import SamplingRow, sample
 from turboquant_server.engine.scheduler import ScheduledBatch, ScheduledRequest
+from turboquant_server.engine.token_drawer import Drawn, TokenDrawer
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
 
     from turboquant_server.engine.compiled_forward import CompiledForward
 
-# Rows of logits that are sampled together; choices of one prompt have a copy of its row each.
-MAX_ROWS = 256
-
-# Requests and a token for each of their choices, int64 ``[num_choices]`` on the device; or why one failed.
-_Drawn: TypeAlias = tuple[Sequence[ScheduledRequest], Tensor | RequestFailedError]
+# Requests and what was drawn for their choices; or why one failed.
+_Drawn: TypeAlias = tuple[Sequence[ScheduledRequest], Drawn | RequestFailedError]
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +75,8 @@ class ModelRunner:
             store.visibilities, store.timeline, store.num_slots, store.device, num_extra=2
         )
         self._tokens = torch.empty(0, dtype=torch.int64, device=store.device)  # of the newest step
+        self._token_drawer = TokenDrawer(store.device)
+        self._newest_step: PendingStep | None = None
 
     @property
     def can_capture(self) -> bool:
@@ -113,19 +113,27 @@ class ModelRunner:
         ]
         results: list[tuple[ScheduledRequest, StepResult]] = []
         parts = [self._tokens.new_empty(0)]
+        logprobs: list[Tensor] = []
+        logprob_places: list[int] = []
         num_tokens = 0
-        for items, tokens in drawn:
-            if isinstance(tokens, RequestFailedError):
-                results += [(item, tokens) for item in items]
+        for items, outcome in drawn:
+            if isinstance(outcome, RequestFailedError):
+                results += [(item, outcome) for item in items]
                 continue
-            parts.append(tokens)
+            parts.append(outcome.token_ids)
+            if outcome.logprobs is not None:
+                logprobs.append(outcome.logprobs)
+                logprob_places += [num_tokens + place for place in outcome.asking]
             for item in items:
                 first, num_tokens = num_tokens, num_tokens + len(item.choices)
                 results.append((item, range(first, num_tokens)))
         all_tokens = torch.cat(parts)
         # Where logits had no token, the next step may compute with any.
         self._tokens = all_tokens.clamp(min=0)
-        return PendingStep(results, all_tokens)
+        self._newest_step = PendingStep(
+            results, all_tokens, torch.cat(logprobs) if logprobs else None, logprob_places
+        )
+        return self._newest_step
 
     def copy_slot(self, source: int, target: int) -> None:
         """Give one slot what another holds."""
@@ -265,7 +273,8 @@ class ModelRunner:
     def _sample(self, scheduled: Sequence[ScheduledRequest], logits: Tensor) -> list[_Drawn]:
         """Draw the tokens of each request's choices from its logits; like `_compute` in what fails."""
         try:
-            return [(scheduled, self._draw(scheduled, logits))]
+            drawn = self._token_drawer.draw(scheduled, logits, self._tokens, self._newest_step)
+            return [(scheduled, drawn)]
         except Exception as error:
             if len(scheduled) == 1:
                 return [(scheduled, _failure(scheduled[0], error))]
@@ -275,26 +284,14 @@ class ModelRunner:
         rows = zip(scheduled, logits, strict=True)
         return [drawn for item, row in rows for drawn in self._sample([item], row[None])]
 
-    def _draw(self, scheduled: Sequence[ScheduledRequest], logits: Tensor) -> Tensor:
-        """Return a token for each choice."""
-        choices = [
-            (row, SamplingRow(choice.sampling_params, choice.seed, choice.choice_index, item.chunks[-1].end))
-            for row, item in enumerate(scheduled)
-            for choice in item.choices
-        ]
-        tokens = [self._tokens.new_empty(0)]
-        for start in range(0, len(choices), MAX_ROWS):
-            rows, parameters = zip(*choices[start : start + MAX_ROWS], strict=True)
-            is_whole = rows == tuple(range(len(logits)))
-            tokens.append(sample(logits if is_whole else logits[self._upload(rows)], parameters))
-        return torch.cat(tokens)
-
 
 def _failure(scheduled: ScheduledRequest, error: Exception) -> RequestFailedError:
     request_id = scheduled.request.request_id
     logger.error("request %s failed", request_id, exc_info=error)
     if isinstance(error, torch.OutOfMemoryError):
         message = "The device ran out of memory on this request."
+    elif isinstance(error, GrammarError):
+        message = str(error)
     else:
         message = f"The model failed on this request ({type(error).__name__}); the log has the details."
     return RequestFailedError(request_id, message)

@@ -26,12 +26,22 @@ class PendingStep:
     Args:
         results: For each request of the step.
         tokens: int64 ``[num_tokens]``, on their device, where they may not have been computed yet.
+        logprobs: Rows of `gather_logprobs` for some of the tokens, there too.
+        logprob_places: Which of the tokens these are of.
     """
 
-    def __init__(self, results: list[tuple[ScheduledRequest, StepResult]], tokens: Tensor) -> None:
+    def __init__(
+        self,
+        results: list[tuple[ScheduledRequest, StepResult]],
+        tokens: Tensor,
+        logprobs: Tensor | None = None,
+        logprob_places: Sequence[int] = (),
+    ) -> None:
         self.results = results
         # To pinned memory, while the host goes on.
         self._tokens = tokens.to("cpu", non_blocking=True)
+        self._logprobs = None if logprobs is None else logprobs.to("cpu", non_blocking=True)
+        self._logprob_places = logprob_places
         self._copied = torch.cuda.Event() if tokens.is_cuda else None
         if self._copied is not None:
             self._copied.record(torch.cuda.current_stream(tokens.device))
@@ -45,4 +55,11 @@ class PendingStep:
         """Wait for the step and return its tokens."""
         if self._copied is not None:
             self._copied.synchronize()
-        return [int(token_id) for token_id in self._tokens.tolist()]
+        token_ids: list[int] = self._tokens.tolist()
+        return token_ids
+
+    def logprobs(self) -> dict[int, list[float]]:
+        """Return the rows of `gather_logprobs`, by the places of their tokens, once those are known."""
+        if self._logprobs is None:
+            return {}
+        return dict(zip(self._logprob_places, self._logprobs.tolist(), strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from turboquant_core import RequestCache
     from turboquant_server.engine.detokenizer import Detokenizer
+    from turboquant_server.engine.grammar import Matcher
+    from turboquant_server.engine.logprobs import TokenLogprobs
     from turboquant_server.engine.sampling_params import SamplingParams
 
 
@@ -41,6 +44,8 @@ class Request:
         choice_index: Which of the request's choices this is.
         cache_salt: Only requests with the same one share blocks.
         max_model_len: Most tokens of prompt and answer together.
+        end_token_ids: Tokens that end the answer.
+        matcher: Follows this choice through the grammar of the answer, if it has one.
 
     Attributes:
         token_ids: The prompt's tokens, then the generated ones. One that only the device knows yet is -1 less
@@ -64,6 +69,8 @@ class Request:
         choice_index: int = 0,
         cache_salt: bytes = b"",
         max_model_len: int = sys.maxsize,
+        end_token_ids: frozenset[int] = frozenset(),
+        matcher: Matcher | None = None,
     ) -> None:
         self.request_id = request_id
         self.sampling_params = sampling_params
@@ -71,6 +78,8 @@ class Request:
         self.seed = seed
         self.choice_index = choice_index
         self.cache_salt = cache_salt
+        self.end_token_ids = end_token_ids
+        self.matcher = matcher
         self.forks: list[Request] = []
         self.arrival = 0
         self.token_ids = list(prompt_token_ids)
@@ -102,6 +111,11 @@ class Request:
         """Count the generated tokens."""
         return len(self.token_ids) - self.num_prompt_tokens
 
+    @property
+    def banned_token_ids(self) -> Collection[int]:
+        """Return the tokens that may not be the next, as they would end the answer too early."""
+        return self.end_token_ids if self.num_output_tokens < self.sampling_params.min_tokens else ()
+
 
 @dataclass(frozen=True)
 class RequestOutput:
@@ -116,6 +130,7 @@ class RequestOutput:
         num_cached_tokens: Tokens of the prompt that were found in the cache.
         choice_index: Which of the request's choices this belongs to.
         finish_reason: Why the request ended, on its last output; None before.
+        logprobs: Of the new tokens, if they were asked for.
     """
 
     request_id: str
@@ -126,6 +141,7 @@ class RequestOutput:
     finish_reason: FinishReason | None
     num_cached_tokens: int = 0
     choice_index: int = 0
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class RequestFailedError(RuntimeError):

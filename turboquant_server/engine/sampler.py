@@ -10,7 +10,8 @@ distorted.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from turboquant_core import upload
+from turboquant_server.engine.logit_adjustments import adjust_logits
 from turboquant_server.engine.sampling_params import SamplingParams
 
 # What the sampler returns in place of a token when the logits hold NaN or infinity.
@@ -38,17 +40,22 @@ class SamplingRow(NamedTuple):
     """Hold what decides the token of one row of logits.
 
     Attributes:
-        sampling_params: temperature, top_k and top_p, applied in this order. Of equally likely tokens the
-            one with the lower id counts as the likelier, as in argmax; so top_k keeps exactly k tokens.
+        sampling_params: What `adjust_logits` does, then temperature, min_p, top_k and top_p, applied in this
+            order. Of equally likely tokens the one with the lower id counts as the likelier, as in argmax; so
+            top_k keeps exactly k tokens.
         seed: Any integer.
         choice_index: Index among the answers to one prompt, which share its seed.
         position: Index in the sequence of the token to choose.
+        slot: Whose tokens are counted there, for penalties.
+        banned_token_ids: Tokens that may not come yet, if the parameters have min_tokens.
     """
 
     sampling_params: SamplingParams
     seed: int
     choice_index: int
     position: int
+    slot: int = 0
+    banned_token_ids: Collection[int] = ()
 
     @property
     def noise_key(self) -> int:
@@ -56,12 +63,13 @@ class SamplingRow(NamedTuple):
         return _signed(_splitmix64(_choice_key(self.seed, self.choice_index) ^ self.position))
 
 
-def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+def sample(logits: Tensor, rows: Sequence[SamplingRow], counts: Tensor | None = None) -> Tensor:
     """Choose the next token of each row.
 
     Args:
         logits: ``[num_rows, vocab_size]``, any float dtype.
         rows: One for each row of the logits.
+        counts: `TokenCounts.table`, if a row has penalties.
 
     Returns:
         The token ids, int64 ``[num_rows]``, on the logits' device; ``INVALID_TOKEN_ID`` where the row's
@@ -72,6 +80,25 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """
     if len(rows) != len(logits):
         raise ValueError(f"logits of {len(logits)} rows need as many sampling rows, got {len(rows)}")
+    adjusted = [index for index, row in enumerate(rows) if row.sampling_params.adjusts_logits]
+    if not adjusted:
+        return _choose(logits, rows)
+    plain = [index for index, row in enumerate(rows) if not row.sampling_params.adjusts_logits]
+    token_ids = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
+    if plain:
+        indices = upload(plain, torch.int64, logits.device)
+        token_ids[indices] = _choose(logits[indices], [rows[index] for index in plain])
+    num_at_once = max(1, _MAX_ELEMENTS_AT_ONCE // logits.shape[-1])
+    for start in range(0, len(adjusted), num_at_once):
+        part = adjusted[start : start + num_at_once]
+        some = [rows[index] for index in part]
+        indices = upload(part, torch.int64, logits.device)
+        token_ids[indices] = _choose(adjust_logits(logits[indices], some, counts), some)
+    return token_ids
+
+
+def _choose(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """Do what `sample` does, with logits that are not to be changed."""
     highest, token_ids = logits.max(dim=-1)
     drawn = [index for index, row in enumerate(rows) if row.sampling_params.temperature > 0]
     # Sorting is most of the work, so the rows that need none are kept apart.
@@ -101,6 +128,10 @@ def _draw(logits: Tensor, highest: Tensor, rows: Sequence[SamplingRow]) -> Tenso
     keys = upload([row.noise_key for row in rows], torch.int64, logits.device)
     # The highest becomes 0 first, so that no temperature, however small, makes infinities or NaN.
     scores = (logits.double() - highest[:, None]).div_(temperatures[:, None])
+    if any(row.sampling_params.min_p > 0 for row in rows):
+        # A share of the highest probability is a distance from the highest score.
+        lowest = [_log(row.sampling_params.min_p) for row in rows]
+        scores.masked_fill_(scores < upload(lowest, torch.float64, logits.device)[:, None], -torch.inf)
     noise = gumbel_noise(keys, logits.shape[-1])
     if not _is_truncated(rows[0].sampling_params):
         return noise.add_(scores).argmax(dim=-1)
@@ -155,6 +186,10 @@ def gumbel_noise(keys: Tensor, vocab_size: int) -> Tensor:
     # 52 bits and the half are exact in float64, and the half keeps the uniform number off 0 and 1.
     uniform = _logical_shift(bits, 64 - 52).double().add_(0.5).mul_(2.0**-52)
     return uniform.log_().neg_().log_().neg_()
+
+
+def _log(probability: float) -> float:
+    return math.log(probability) if probability > 0 else -math.inf
 
 
 @lru_cache(maxsize=4096)
