@@ -13,20 +13,15 @@ from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 from turboquant_server import __version__
 from turboquant_server.api.body_limit import BodyLimitMiddleware
 from turboquant_server.api.chat import create_chat_completion
+from turboquant_server.api.chat_request import ChatCompletionRequest
+from turboquant_server.api.completion_request import CompletionRequest
 from turboquant_server.api.completions import create_completion
 from turboquant_server.api.door import HEALTH, METRICS, Door, DoorMiddleware
 from turboquant_server.api.errors import ErrorResponse, add_error_handlers, unavailable
 from turboquant_server.api.models import describe_model, list_models
 from turboquant_server.api.prompts import PromptTokenizer
-from turboquant_server.api.protocol import (
-    ChatCompletion,
-    ChatCompletionRequest,
-    Completion,
-    CompletionRequest,
-    ModelCard,
-    ModelList,
-)
 from turboquant_server.api.request_id import HEADER
+from turboquant_server.api.response_models import ChatCompletion, Completion, ModelCard, ModelList
 from turboquant_server.api.streaming import finish_streams_on_shutdown
 from turboquant_server.api.tokens import (
     Detokenized,

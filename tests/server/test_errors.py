@@ -17,7 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai import OpenAI
 
-from turboquant_server.api import protocol
+from turboquant_server.api import request_model
+from turboquant_server.api.chat_request import ChatCompletionRequest
+from turboquant_server.api.completion_request import CompletionRequest
 from turboquant_server.engine.request import RequestFailedError
 
 CHAT = "/v1/chat/completions"
@@ -90,7 +92,7 @@ def test_fields_that_ask_for_nothing_are_accepted(
 def test_an_unknown_field_is_ignored_and_told_once(
     http: httpx.Client, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(protocol, "_logged_fields", set())
+    monkeypatch.setattr(request_model, "_logged_fields", set())
     for _ in range(2):
         assert post(http, CHAT, frobnicate={"a": 1}, messages=[{**USER, "mood": 3}]).status_code == 200
     assert sorted(record.args[0] for record in caplog.records) == ["frobnicate", "mood"]  # type: ignore[index]
@@ -99,9 +101,9 @@ def test_an_unknown_field_is_ignored_and_told_once(
 def test_unknown_fields_cannot_flood_the_log(
     http: httpx.Client, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(protocol, "_logged_fields", set())
+    monkeypatch.setattr(request_model, "_logged_fields", set())
     assert post(http, CHAT, **{f"{i}{'x' * 1000}": 1 for i in range(1000)}).status_code == 200
-    assert len(caplog.records) == protocol.MAX_LOGGED_FIELDS
+    assert len(caplog.records) == request_model.MAX_LOGGED_FIELDS
     assert max(len(record.getMessage()) for record in caplog.records) < 200
 
 
@@ -281,7 +283,7 @@ documents = st.recursive(
     max_leaves=8,
 )
 fields = sorted(
-    {*protocol.ChatCompletionRequest.model_fields, *protocol.CompletionRequest.model_fields, "unknown"}
+    {*ChatCompletionRequest.model_fields, *CompletionRequest.model_fields, "unknown"}
     - {"max_tokens", "max_completion_tokens"}
 )
 

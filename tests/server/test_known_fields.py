@@ -9,12 +9,9 @@ import pytest
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 
-from turboquant_server.api.protocol import (
-    ChatCompletionRequest,
-    CompletionRequest,
-    GenerationRequest,
-    StreamOptions,
-)
+from turboquant_server.api.chat_request import ChatCompletionRequest
+from turboquant_server.api.completion_request import CompletionRequest
+from turboquant_server.api.generation_request import GenerationRequest, StreamOptions
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"

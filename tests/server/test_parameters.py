@@ -12,8 +12,9 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from turboquant_server.api.chat_request import ChatCompletionRequest
+from turboquant_server.api.completion_request import CompletionRequest
 from turboquant_server.api.generation import make_prompt
-from turboquant_server.api.protocol import ChatCompletionRequest, CompletionRequest
 from turboquant_server.engine.sampling_params import SamplingParams
 
 DEMO = Path(__file__).parents[2] / "turboquant_server" / "demo"

@@ -12,6 +12,7 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from turboquant_server.api.chat_answer import ChatAnswer, join_deltas
+from turboquant_server.api.chat_request import ChatCompletionRequest
 from turboquant_server.api.conversation import check_conversation
 from turboquant_server.api.errors import invalid_request
 from turboquant_server.api.generation import (
@@ -24,11 +25,10 @@ from turboquant_server.api.generation import (
     make_prompt,
 )
 from turboquant_server.api.models import resolve_model
-from turboquant_server.api.protocol import (
+from turboquant_server.api.response_models import (
     ChatCompletion,
     ChatCompletionChoice,
     ChatCompletionChunk,
-    ChatCompletionRequest,
     ChunkChoice,
 )
 from turboquant_server.api.streaming import stream_events

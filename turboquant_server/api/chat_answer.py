@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from turboquant_server.api.generation import Answer
-from turboquant_server.api.protocol import (
+from turboquant_server.api.response_models import (
     ChatCompletionMessage,
     ChatFinishReason,
     ChoiceDelta,

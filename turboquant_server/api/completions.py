@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 from fastapi import Request
 from fastapi.responses import Response
 
+from turboquant_server.api.completion_request import CompletionRequest
 from turboquant_server.api.generation import (
     Answer,
     Outputs,
@@ -23,7 +24,7 @@ from turboquant_server.api.generation import (
 )
 from turboquant_server.api.models import resolve_model
 from turboquant_server.api.prompts import check_token_ids
-from turboquant_server.api.protocol import Completion, CompletionChoice, CompletionRequest
+from turboquant_server.api.response_models import Completion, CompletionChoice
 from turboquant_server.api.streaming import stream_events
 from turboquant_server.api.structured_output import find_grammar
 from turboquant_server.api.token_report import CompletionTokenReport

@@ -6,8 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from turboquant_server.api.chat_request import ChatMessage
 from turboquant_server.api.errors import invalid_request
-from turboquant_server.api.protocol import ChatMessage
 
 # What templates call the reasoning of an earlier answer.
 REASONING_NAMES = ("reasoning_content", "reasoning", "thinking")

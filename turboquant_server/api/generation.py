@@ -12,8 +12,9 @@ from pydantic import BaseModel
 from starlette.requests import ClientDisconnect, Request
 
 from turboquant_server.api.errors import invalid_request, queue_full
+from turboquant_server.api.generation_request import GenerationRequest
 from turboquant_server.api.prompts import check_token_ids
-from turboquant_server.api.protocol import CompletionUsage, GenerationRequest, PromptTokensDetails
+from turboquant_server.api.response_models import CompletionUsage, PromptTokensDetails
 from turboquant_server.api.streaming import format_chunk
 from turboquant_server.engine.request import FinishReason, RequestOutput
 from turboquant_server.engine.sampling_params import SamplingParams

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from turboquant_server.api.errors import ApiError
-from turboquant_server.api.protocol import ModelCard, ModelList
+from turboquant_server.api.response_models import ModelCard, ModelList
 
 if TYPE_CHECKING:
     from turboquant_server.model_manager import ModelManager

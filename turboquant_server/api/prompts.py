@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from turboquant_server.api.chat_request import ChatMessage
 from turboquant_server.api.conversation import to_template
 from turboquant_server.api.errors import invalid_request
-from turboquant_server.api.protocol import ChatMessage
 from turboquant_server.api.spelling import Spelling, spell_tokens
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import json
 from typing import TYPE_CHECKING, NamedTuple
 
 from turboquant_server.api.errors import invalid_request
-from turboquant_server.api.protocol import GenerationRequest, ResponseFormat, StructuredOutputs
+from turboquant_server.api.generation_request import GenerationRequest, ResponseFormat, StructuredOutputs
 from turboquant_server.engine.grammar import GrammarError, GrammarKind, Reasoning
 
 if TYPE_CHECKING:

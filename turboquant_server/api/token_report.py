@@ -6,13 +6,8 @@ from codecs import getincrementaldecoder
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from turboquant_server.api.protocol import (
-    ChoiceLogprobs,
-    CompletionLogprobs,
-    GenerationRequest,
-    TokenLogprob,
-    TopLogprob,
-)
+from turboquant_server.api.generation_request import GenerationRequest
+from turboquant_server.api.response_models import ChoiceLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob
 
 if TYPE_CHECKING:
     from turboquant_server.api.generation import Answer

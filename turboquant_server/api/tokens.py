@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, Field
 
+from turboquant_server.api.chat_request import ChatMessage
 from turboquant_server.api.errors import invalid_request
 from turboquant_server.api.models import resolve_model
 from turboquant_server.api.prompts import check_token_ids
-from turboquant_server.api.protocol import ChatMessage, RequestModel, Text, only
+from turboquant_server.api.request_model import RequestModel, Text, only
 
 if TYPE_CHECKING:
     from turboquant_server.api.prompts import PromptTokenizer

@@ -1,0 +1,185 @@
+"""ChatCompletionRequest: the body of POST /v1/chat/completions, with OpenAI's names."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
+
+from turboquant_server.api.generation_request import GenerationRequest
+from turboquant_server.api.request_model import RequestModel, Text, only
+from turboquant_server.engine.sampling_params import MAX_LOGPROBS
+
+
+class TextPart(RequestModel):
+    """One part of a message's content; only text is supported."""
+
+    type: Literal["text"]
+    text: Text
+
+
+def _check_arguments(text: str) -> str:
+    """Refuse arguments that no template can write, which may be nothing at all."""
+    try:
+        is_object = isinstance(json.loads(text or "{}"), dict)
+    except (ValueError, RecursionError):
+        is_object = False
+    if not is_object:
+        raise PydanticCustomError("no_object", "Input should be the text of a JSON object")
+    return text
+
+
+class CalledFunction(RequestModel):
+    """What an earlier answer called."""
+
+    name: Annotated[Text, Field(min_length=1)]
+    arguments: Annotated[Text, AfterValidator(_check_arguments)]
+
+
+class EarlierToolCall(RequestModel):
+    """A call in an earlier answer."""
+
+    harmless_fields = frozenset({"index"})
+
+    id: Annotated[Text, Field(min_length=1)]
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class ChatMessage(RequestModel):
+    """One message of a conversation."""
+
+    harmless_fields = frozenset({"annotations", "refusal"})
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    # Before the content, which may be missing beside calls.
+    tool_calls: Annotated[list[EarlierToolCall], Field(fail_fast=True)] | None = None
+    content: Text | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)] | None = Field(
+        None, validate_default=True
+    )
+    name: Text | None = None
+    tool_call_id: Text | None = Field(None, validate_default=True)
+    reasoning: Text | None = None
+    reasoning_content: Text | None = None
+    function_call: Annotated[Any, only()] = None
+    audio: Annotated[Any, only()] = None
+
+    @field_validator("tool_calls")
+    @classmethod
+    def _check_calls(cls, calls: object, info: ValidationInfo) -> object:
+        if calls and info.data.get("role") != "assistant":
+            raise PydanticCustomError("not_assistant", "Only a message of the role assistant has calls")
+        return calls
+
+    @field_validator("content")
+    @classmethod
+    def _check_content(cls, content: object, info: ValidationInfo) -> object:
+        # Where calls are given and wrong, they have an error of their own.
+        if content is None and not info.data.get("tool_calls", True):
+            raise PydanticCustomError("missing", "Field required")
+        return content
+
+    @field_validator("tool_call_id")
+    @classmethod
+    def _check_call_id(cls, call_id: object, info: ValidationInfo) -> object:
+        if call_id is None and info.data.get("role") == "tool":
+            raise PydanticCustomError("missing", "Field required")
+        return call_id
+
+
+class FunctionDefinition(RequestModel):
+    """A function that the model may call."""
+
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None
+    # Taken as a wish: nothing makes the model keep to the schema.
+    strict: bool | None = None
+
+
+class Tool(RequestModel):
+    """Something that the model may call; only functions are supported."""
+
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+def _check_tool_choice(choice: object) -> object:
+    if choice == "required" or isinstance(choice, dict):
+        raise PydanticCustomError(
+            "unsupported_parameter",
+            "This server cannot make the model call a tool; give auto, or none for an answer without calls",
+        )
+    if choice not in (None, "none", "auto"):
+        raise PydanticCustomError("invalid_value", "Input should be none or auto")
+    return choice
+
+
+class ChatCompletionRequest(GenerationRequest):
+    """The body of POST /v1/chat/completions."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
+    tool_choice: Annotated[Any, AfterValidator(_check_tool_choice)] = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+
+    add_special_tokens: Annotated[Any, only(False)] = None
+    audio: Annotated[Any, only()] = None
+    chat_template: Annotated[Any, only()] = None
+    documents: Annotated[Any, only([])] = None
+    echo: Annotated[Any, only(False)] = None
+    functions: Annotated[Any, only([])] = None
+    function_call: Annotated[Any, only("none", "auto")] = None
+    include_reasoning: Annotated[Any, only(True)] = None
+    mm_processor_kwargs: Annotated[Any, only({})] = None
+    modalities: Annotated[Any, only(["text"])] = None
+    thinking_token_budget: Annotated[Any, only()] = None
+    web_search_options: Annotated[Any, only()] = None
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _check_top_logprobs(cls, count: int | None, info: ValidationInfo) -> int | None:
+        if count and not info.data.get("logprobs"):
+            raise PydanticCustomError("without_logprobs", "It may be given only together with logprobs=true")
+        return count
+
+    @field_validator("continue_final_message")
+    @classmethod
+    def _check_continue(cls, is_continued: bool | None, info: ValidationInfo) -> bool | None:
+        if is_continued and info.data.get("add_generation_prompt"):
+            raise PydanticCustomError(
+                "contradiction", "It may not be given together with add_generation_prompt=true"
+            )
+        return is_continued
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many of the likeliest tokens to report beside each token; None reports no log-probability."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def offered_tools(self) -> list[dict[str, Any]] | None:
+        """The tools as they were given; None if the model may call none."""
+        if not self.tools or self.tool_choice == "none":
+            return None
+        return [tool.model_dump(exclude_unset=True, exclude_none=True) for tool in self.tools]
+
+    @property
+    def template_kwargs(self) -> dict[str, Any]:
+        """The variables of the chat template."""
+        effort: dict[str, Any] = {"reasoning_effort": self.reasoning_effort}
+        if self.reasoning_effort is None:
+            effort = {}
+        elif self.reasoning_effort == "none":
+            effort = {"enable_thinking": False}  # what Qwen's and others' templates call it
+        return effort | (self.chat_template_kwargs or {})
