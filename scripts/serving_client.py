@@ -5,6 +5,7 @@ Knows the protocol as ours, vLLM, SGLang, llama.cpp and Ollama speak it, and not
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -121,6 +122,7 @@ class ServerClient:
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._ssl_context = httpx.create_ssl_context()  # slow to make
         self._idle: list[httpx.AsyncClient] = []
+        self._users: set[asyncio.Task[object]] = set()  # tasks that have one of the others
         self.takes_ignore_eos = True
 
     async def __aenter__(self) -> ServerClient:
@@ -132,15 +134,23 @@ class ServerClient:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        users = self._users - {asyncio.current_task()}  # after an error there may be some
+        for user in users:
+            user.cancel()
+        await asyncio.gather(*users, return_exceptions=True)
         for http in self._idle:
             await http.aclose()
 
     @contextmanager
     def _connection(self) -> Iterator[httpx.AsyncClient]:
         http = self._idle.pop() if self._idle else self._open()
+        user = asyncio.current_task()
+        assert user is not None
+        self._users.add(user)
         try:
             yield http
         finally:
+            self._users.discard(user)
             self._idle.append(http)
 
     def _open(self) -> httpx.AsyncClient:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import random
 import signal
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,6 @@ from typing import Any
 import pytest
 from benchmark_serving import main
 from fake_openai_server import TOKENS_PER_WORD, FakeServer, fake_openai_server
-from serving_client import ServerClient, ServerError
 from serving_prompts import WORDS, PromptMaker
 from serving_table import COLUMNS
 
@@ -286,15 +283,3 @@ def test_a_load_is_a_closed_loop_or_an_open_one(capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit):
         main(["--concurrency=2", "--request-rate=2"])
     assert "argument --request-rate: not allowed with argument --concurrency" in capsys.readouterr().err
-
-
-def test_no_more_connections_are_opened_than_are_used_at_once(server: FakeServer) -> None:
-    async def ask() -> set[int]:
-        server.prepare(faults={4: "refused"})
-        async with ServerClient(server.url, None) as client:
-            for _ in range(3):
-                with suppress(ServerError):
-                    await asyncio.gather(*(client.ask("chat", "hello", 1) for _ in range(2)))
-        return server.ports
-
-    assert len(asyncio.run(ask())) == 2
