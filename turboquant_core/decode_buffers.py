@@ -10,7 +10,6 @@ that sees everything gets a block every 64 tokens. Knows no keys and values.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -94,9 +93,9 @@ class DecodeBuffers:
             first = _NUM_COMMON + _NUM_OF_GROUP * index
             first_visible, block_starts, num_blocks = group.fill(chunks, slots, are_new, num_visible)
             rows[first], rows[first + 1], rows[first + 2] = first_visible, block_starts, num_blocks
-            work = [decode_work(count, self._timeline) for count in num_blocks.tolist()]
-            starts = _integers([*accumulate(work, initial=0)])
-            columns[first + 3, : num_chunks + 1], columns[first + 3, num_chunks:] = starts, starts[-1]
+            work = decode_work(num_blocks, self._timeline)
+            columns[first + 3, 1 : num_chunks + 1] = work.cumsum(0)
+            columns[first + 3, num_chunks + 1 :] = work.sum()
         for index, numbers in enumerate(extra, start=self._first_extra):
             rows[index] = _integers(numbers)
         self._columns(num_rows).copy_(columns, non_blocking=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -76,8 +77,10 @@ def _existing(block_id: int | None) -> int:
 # How long a tile of exact tokens takes, and half a block: measured on an H200 at 4 bits.
 TILE_WORK, HALF_WORK = 3, 2
 
+Count = TypeVar("Count", int, Tensor)
 
-def decode_work(num_blocks: int, timeline: Timeline) -> int:
+
+def decode_work(num_blocks: Count, timeline: Timeline) -> Count:
     """Return the work on attention in one kv head: on tiles of 16 places of a slot, and on blocks."""
     return TILE_WORK * -(-timeline.num_exact // 16) + 2 * HALF_WORK * num_blocks
 
@@ -139,9 +142,9 @@ class DecodePlan:
     @cached_property
     def exact_indices(self) -> Tensor:
         """Where in its slot each new token goes, int64 ``[batch]``."""
-        positions, num_sinks = self.tables.positions.long(), self.timeline.num_sinks
-        in_ring = num_sinks + (positions - num_sinks) % self.timeline.ring_size
-        return torch.where(positions < num_sinks, positions, in_ring)
+        positions = self.tables.positions
+        places = [self.timeline.exact_index(position) for position in positions.tolist()]
+        return torch.tensor(places, dtype=torch.int64, device=positions.device)
 
     @cached_property
     def exact_mask(self) -> Tensor:

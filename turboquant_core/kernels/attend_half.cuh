@@ -69,10 +69,7 @@ DEVICE void half_products(const StoredQueries& queries, const KeyCodes& codes, u
 #pragma unroll
     for (int row = 0; row < 2; row++) {
       u32 a[4];
-      if (IS_PLAIN)
-        KeyCodes::tile(half, lane, row * KEY_TILES + q, a);
-      else
-        codes.tile(words, row * KEY_TILES + q, a);
+      codes.tile(words, row * KEY_TILES + q, a);
 #pragma unroll
       for (int n = 0; n < NUM_COLS; n++)
         multiply<IN_BFLOAT16>(both[row][n], a, queries.operand[n][q][0], queries.operand[n][q][1]);
@@ -82,7 +79,8 @@ DEVICE void half_products(const StoredQueries& queries, const KeyCodes& codes, u
 #pragma unroll
     for (int n = 0; n < NUM_COLS; n++)
 #pragma unroll
-      for (int c = 0; c < 4; c++) products[s][n][c] = !IS_SHARED ? both[s][n][c] : (lane & 3) < 2 ? both[0][n][c] : both[1][n][c];
+      for (int c = 0; c < 4; c++)
+        products[s][n][c] = !IS_SHARED ? both[s][n][c] : (lane & 3) < 2 ? both[0][n][c] : both[1][n][c];
 }
 
 // The same where levels are 8-bit integers: exact, without a conversion.
@@ -150,9 +148,9 @@ DEVICE void attend_half(const Arguments& args, const StoredQueries& queries, con
 #pragma unroll
     for (int n = 0; n < NUM_COLS; n++)
 #pragma unroll
-      for (int c = 0; c < 4; c++) {
-        scores[s][n][c] = (products[s][n][c] * key_norms[c >> 1] + mean_products[n][c & 1] * key_step) * queries.scale[n][c & 1];
-      }
+      for (int c = 0; c < 4; c++)
+        scores[s][n][c] =
+            (products[s][n][c] * key_norms[c >> 1] + mean_products[n][c & 1] * key_step) * queries.scale[n][c & 1];
 #pragma unroll
     for (int r = 0; r < 2; r++) sizes[s][r] = log2_(fmaxf(norms[s][r], smallest_size));
   }
@@ -230,8 +228,7 @@ DEVICE void attend_half(const Arguments& args, const StoredQueries& queries, con
 #pragma unroll
     for (int col = 0; col < 2; col++) {
       u32 a[4];
-      if (IS_PLAIN) ValueCodes::tile(half + VALUES_AT, lane, 2 * i + col, a);
-      else value_codes.tile(value_words, 2 * i + col, a);
+      value_codes.tile(value_words, 2 * i + col, a);
 #pragma unroll
       for (int n = 0; n < NUM_COLS; n++) multiply<IN_BFLOAT16>(softmax.sums[n][i], a, b[col][n][0], b[col][n][1]);
     }

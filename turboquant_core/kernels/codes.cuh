@@ -26,10 +26,11 @@ struct Codes {
   static constexpr int PLANE = BITS == 16 ? 4 * NUM_TILES : BITS == 8 ? 2 * NUM_TILES : BITS == 4 ? NUM_TILES : NUM_TILES / 2;
   static constexpr int SIGNS = BITS == 3 ? (NUM_TILES + 3) / 4 : 0;
 
-  // The words of this lane.
+  // The words of this lane; those of 16 bits are many, and come from memory when they are needed.
   struct Words {
-    u32 plane[BITS == 16 ? 1 : PLANE], signs[SIGNS ? SIGNS : 1];
+    u32 plane[BITS == 16 ? 1 : PLANE], signs[SIGNS ? SIGNS : 1], address;
     DEVICE void load(u32 codes, int lane) {
+      address = codes + lane * 16;
       if (BITS == 16) return;
       load_words(plane, codes, lane);
       if (SIGNS) load_words(signs, codes + PLANE * 128, lane);
@@ -53,14 +54,6 @@ struct Codes {
     asm("sub.rn.f16x2 %0,%1,%2;" : "=r"(low) : "r"(l), "r"(0x64806480u));
     asm("sub.rn.f16x2 %0,%1,%2;" : "=r"(high) : "r"(h), "r"(0x64806480u));
   }
-  // Of 16 bits, which come from memory when they are needed: there are many.
-  static DEVICE void tile(u32 numbers, int lane, int tile, u32 (&a)[4]) {
-    const uint4 v = load_four(numbers + tile * 512 + lane * 16);
-    a[0] = v.x;
-    a[1] = v.z;
-    a[2] = v.y;
-    a[3] = v.w;
-  }
   // Bytes of levels, for rows r = 0 and r = 1; of 8 bits the codes themselves.
   DEVICE void bytes(const Words& words, int tile, u32& first, u32& second) const {
     if (BITS == 8) {
@@ -82,6 +75,14 @@ struct Codes {
     }
   }
   DEVICE void tile(const Words& words, int tile, u32 (&a)[4]) const {
+    if (BITS == 16) {
+      const uint4 v = load_four(words.address + tile * 512);
+      a[0] = v.x;
+      a[1] = v.z;
+      a[2] = v.y;
+      a[3] = v.w;
+      return;
+    }
     u32 first, second;
     bytes(words, tile, first, second);
     if (BITS == 8) {

@@ -40,12 +40,10 @@ class CudaDecode:
         fit = fit_device(shape, arch)
         self._grid = properties.multi_processor_count
         constants = kernel_constants(shape, fit)
-        self._partial = shape.group_size * (shape.value_dim + 2)
         self._decode = Kernel("decode", "decode", constants, device, 32 * fit.num_warps, fit.shared_bytes)
-        self._many = max(1, 16 // shape.group_size)
-        num_threads = 256 if max(shape.key_dim, shape.value_dim) > 128 else 512  # as in the source
+        num_threads = shape.around_threads
         around = []
-        for suffix, requests in (("", 1), ("_many", self._many)):
+        for suffix, requests in (("", 1), ("_many", shape.many)):
             rows = requests * shape.group_size
             num_found = num_threads // shape.value_dim if requests == 1 else 1
             merge_bytes = 8 * (rows * num_found * shape.value_dim + (rows + requests) * (self._grid + 1))
@@ -91,7 +89,7 @@ class CudaDecode:
         stored_bytes = torch.empty(batch, num_heads, 2, shape.key_dim, dtype=torch.uint8, device=device)
         stored_scales = torch.empty(batch, num_heads, device=device)
         num_partials = 2 * (self._grid + 2 * batch * num_kv_heads)
-        partials = torch.empty(num_partials, self._partial, device=device)
+        partials = torch.empty(num_partials, shape.partial_size, device=device)
         output = queries.new_empty(batch, num_heads, shape.value_dim)
         key_operands = value_operands = None
         if isinstance(codec, BlockCodec):
@@ -103,7 +101,7 @@ class CudaDecode:
         # A matrix that is read for several requests at once is read less often, by fewer multiprocessors.
         is_many = batch * num_kv_heads > self._grid
         prepare, merge = self._around_many if is_many else self._around_one
-        grid = (-(-batch // (self._many if is_many else 1)) * num_kv_heads,)
+        grid = (-(-batch // (shape.many if is_many else 1)) * num_kv_heads,)
         prepare.launch(
             grid,
             queries,

@@ -23,7 +23,8 @@
 //
 // Constants set by the compiler: KEY_DIM, VALUE_DIM (multiples of 16), KEY_BITS, VALUE_BITS, GROUP (query heads
 // of a kv head), NUM_SINKS, RING_SIZE, IS_BFLOAT16 (the exact tokens' type; else float16), NUM_WARPS,
-// RING_SLOTS (halves in shared memory, of each warp), KEY_LEVELS_LOW/HIGH and VALUE_LEVELS_LOW/HIGH (bytes of the
+// RING_SLOTS (halves in shared memory, of each warp), AROUND_THREADS (of the other kernels), MANY (requests of one
+// of their thread blocks, where there are many), KEY_LEVELS_LOW/HIGH and VALUE_LEVELS_LOW/HIGH (bytes of the
 // levels: of 4 bits the magnitudes, else all; e4m3, but 8-bit integers if IN_BYTES).
 
 #include "instructions.cuh"
@@ -74,8 +75,7 @@ struct Arguments {
   const float* stored_scales;      // what their products are to be multiplied with
   const int *slots, *positions, *exact_starts, *first_visible, *block_tables, *block_starts;
   const int* work_starts;
-  float* partials;
-  int batch, num_heads, table_stride;
+  int num_heads, table_stride;
   float scale, softcap;            // both times log2 e; no softcap is 0
   float key_unit, value_unit;      // what the level 1 stands for
 };
@@ -105,7 +105,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
            int table_stride, float scale, float softcap, float key_unit, float value_unit) {
   const Arguments args = {records, exact_keys, exact_values, queries, stored_queries, stored_bytes, stored_scales,
                           slots, positions, exact_starts, first_visible, block_tables, block_starts, work_starts,
-                          partials, batch, num_heads, table_stride, scale, softcap, key_unit, value_unit};
+                          num_heads, table_stride, scale, softcap, key_unit, value_unit};
   extern __shared__ __align__(128) u8 memory[];
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   const u32 start_of_shared = (u32)__cvta_generic_to_shared(memory), ring = start_of_shared + warp * RING_BYTES;

@@ -58,6 +58,21 @@ class DecodeShape:
             return MEAN_SIZE * (self.key_dim + self.value_dim) * 2
         return RecordLayout(self.key_dim, self.key_bits, self.value_dim, self.value_bits).record_bytes // 2
 
+    @property
+    def partial_size(self) -> int:
+        """Return the numbers of what is found of a request and kv head: sums, references and denominators."""
+        return self.group_size * (self.value_dim + 2)
+
+    @property
+    def around_threads(self) -> int:
+        """Return the threads of a block of the kernels before and after attention."""
+        return 256 if max(self.key_dim, self.value_dim) > 128 else 512
+
+    @property
+    def many(self) -> int:
+        """Return for how many requests such a block works, where there are many: their heads are 16 rows."""
+        return max(1, 16 // self.group_size)
+
     def max_warps(self, arch: int) -> int:
         """Return for how many warps a multiprocessor has registers."""
         if self.group_size > 8 or max(self.key_dim, self.value_dim) > 128:
@@ -95,6 +110,8 @@ def kernel_constants(shape: DecodeShape, fit: Fit) -> dict[str, int]:
         "IS_BFLOAT16": int(shape.dtype == torch.bfloat16),
         "NUM_WARPS": fit.num_warps,
         "RING_SLOTS": fit.ring_slots,
+        "AROUND_THREADS": shape.around_threads,
+        "MANY": shape.many,
     }
     # Keys of 2 and 3 bits are multiplied as integers, which their levels are.
     key_type = torch.float8_e4m3fn if shape.key_bits == 4 else torch.int8
@@ -127,12 +144,11 @@ def fit_device(shape: DecodeShape, arch: int) -> Fit:
     available = _SHARED_BYTES.get(arch, 99 << 10)
     # As in the source: room for any alignment, a barrier and an offset.
     slot_bytes = -(-(shape.half_bytes + 112) // 128) * 128 + 8 + 4
-    partial_bytes = 4 * shape.group_size * (shape.value_dim + 2)
     for num_warps in _NUM_WARPS:
         ring_slots = min(32, (available // num_warps - 36) // slot_bytes)
         if (
             ring_slots >= 2
-            and ring_slots * (slot_bytes - 12) >= partial_bytes
+            and ring_slots * (slot_bytes - 12) >= 4 * shape.partial_size
             and num_warps <= shape.max_warps(arch)
         ):
             return Fit(num_warps, ring_slots, num_warps * (ring_slots * slot_bytes + 36))

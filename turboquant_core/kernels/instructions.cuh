@@ -52,12 +52,12 @@ DEVICE u32 to_halves(float low, float high) {
   asm("cvt.rn.f16x2.f32 %0,%1,%2;" : "=r"(r) : "f"(high), "f"(low));
   return r;
 }
-DEVICE u32 to_exact_type(float low, float high) {
-  if (!IS_BFLOAT16) return to_halves(low, high);
+DEVICE u32 to_bfloats(float low, float high) {
   u32 r;
   asm("cvt.rn.bf16x2.f32 %0,%1,%2;" : "=r"(r) : "f"(high), "f"(low));
   return r;
 }
+DEVICE u32 to_exact_type(float low, float high) { return IS_BFLOAT16 ? to_bfloats(low, high) : to_halves(low, high); }
 DEVICE u32 transposed(u32 x) {  // of an 8 x 8 matrix of 16-bit numbers
   u32 r;
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0,%1;" : "=r"(r) : "r"(x));

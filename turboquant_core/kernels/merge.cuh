@@ -56,7 +56,9 @@ DEVICE void merge_requests(const float* partials, const int* work_starts, const 
   auto count_of = [&](int r) { return segments[r][0].count + segments[r][1].count; };
   for (int j = thread; j < num_requests * max_count; j += AROUND_THREADS) {
     const int r = j / max_count, i = j % max_count, num_exact = segments[r][0].count;
-    places[j] = i < num_exact ? segments[r][0].place(shares, i) : i < count_of(r) ? segments[r][1].place(shares, i - num_exact) : -1;
+    places[j] = i < num_exact     ? segments[r][0].place(shares, i)
+                : i < count_of(r) ? segments[r][1].place(shares, i - num_exact)
+                                  : -1;
   }
   wait_for_previous();
   __syncthreads();
@@ -164,8 +166,8 @@ DEVICE void merge_requests(const float* partials, const int* work_starts, const 
 }
 
 // A thread block for a kv head and one request, or MANY. operands: of the matrix [VALUE_DIM][VALUE_DIM] that
-// stored values are multiplied with from the right, every operands_stride of a head. grid: of decode. value_unit: what sums of levels are to be
-// multiplied with.
+// stored values are multiplied with from the right, every operands_stride of a head. grid: of decode. value_unit:
+// what sums of levels are to be multiplied with.
 #define MERGE(NAME, REQUESTS)                                                                                        \
   extern "C" __global__ void __launch_bounds__(AROUND_THREADS, 1)                                                    \
       NAME(const float* partials, const int* work_starts, const uint4* operands, int operands_stride,                \

@@ -1,8 +1,5 @@
 // What comes before attention, the kernel prepare of decode.cu; and products of few rows with a matrix.
 
-constexpr int AROUND_THREADS = KEY_DIM > 128 || VALUE_DIM > 128 ? 256 : 512;
-constexpr int MANY = GROUP >= 16 ? 1 : 16 / GROUP;  // requests of a thread block, where there are many
-
 DEVICE float from_exact_type(u32 bits) { return IS_BFLOAT16 ? __uint_as_float(bits << 16) : half_to_float(bits); }
 
 // 16 rows in bfloat16, in PARTS that add up. Rows lie so that 8 of them do not meet in a bank.
@@ -14,8 +11,7 @@ struct Rows {
   DEVICE void store(int row, int word, float even, float odd) {
 #pragma unroll
     for (int p = 0; p < PARTS; p++) {
-      u32 rounded;
-      asm("cvt.rn.bf16x2.f32 %0,%1,%2;" : "=r"(rounded) : "f"(odd), "f"(even));
+      const u32 rounded = to_bfloats(even, odd);
       words[p][row][word] = rounded;
       even -= __uint_as_float(rounded << 16);
       odd -= __uint_as_float(rounded & 0xFFFF0000);
