@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from turboquant_server.config_file import ConfigFileSource
-from turboquant_server.door_config import DoorConfig
+from turboquant_server.door_config import DoorConfig, Text
 
 ENV_PREFIX = "TURBOQUANT_"
 SUPPORTED_BITS = (2, 3, 4, 8)
@@ -26,7 +26,10 @@ CHOICES = (
     ("kv_cache_memory", "vram_limit"),
 )
 
-Text = Annotated[str, Field(min_length=1)]
+
+def flag(name: str) -> str:
+    """Return the flag of a field."""
+    return "--" + name.replace("_", "-")
 
 
 class ModelConfig(BaseModel):
@@ -262,4 +265,4 @@ class ServerConfig(ModelConfig, CacheConfig, StepConfig, DoorConfig, BaseSetting
     def _chosen(self, names: Sequence[str]) -> list[str]:
         """Return the flags of fields that were given a value, be it the default."""
         given = [name for name in names if name in self.model_fields_set]
-        return ["--" + name.replace("_", "-") for name in given if getattr(self, name) is not None]
+        return [flag(name) for name in given if getattr(self, name) is not None]

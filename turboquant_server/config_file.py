@@ -70,7 +70,7 @@ def read_config_file(path: str, settings: type[BaseSettings]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return the end of a sentence about an unknown name: the closest known one, if any is close."""
     matches = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {prefix}{matches[0]}?" if matches else ""
+    return f"; did you mean {matches[0]}?" if matches else ""

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from turboquant_server import __version__
-from turboquant_server.config import ENV_PREFIX, GROUPS, ServerConfig
+from turboquant_server.config import ENV_PREFIX, GROUPS, ServerConfig, flag
 from turboquant_server.config_file import ALIASES, ConfigFileError, did_you_mean
 
 PROGRAM = "turboquant-server"
@@ -91,18 +91,14 @@ def _add_flag(parser: argparse._ActionsContainer, name: str, field: FieldInfo) -
         options["metavar"] = name.upper().rpartition("_")[2]
     if field.default == ():
         options |= {"action": "extend", "nargs": "+"}
-    parser.add_argument(_flag(name), dest=name, **options)
+    parser.add_argument(flag(name), dest=name, **options)
     for alias in (alias for alias, meant in ALIASES.items() if meant == name):
-        parser.add_argument(_flag(alias), dest=name, **{**options, "help": argparse.SUPPRESS})
+        parser.add_argument(flag(alias), dest=name, **{**options, "help": argparse.SUPPRESS})
 
 
 def format_default(field: FieldInfo) -> str:
     """Return the default of a field as a person writes it."""
     return "on" if field.default is True else str(field.default)
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def _with_dashes(argument: str) -> str:
@@ -117,8 +113,8 @@ def _describe_unknown(arguments: Sequence[str]) -> str:
     """Name the flags only: what follows them may be a secret."""
     flags = [argument.partition("=")[0] for argument in arguments if argument.startswith("-")]
     fields = ServerConfig.model_fields
-    known = [_flag(name) for name in (*fields, *ALIASES)]
-    known += [_flag(f"no_{name}") for name, field in fields.items() if field.annotation is bool]
+    known = [flag(name) for name in (*fields, *ALIASES)]
+    known += [flag(f"no_{name}") for name, field in fields.items() if field.annotation is bool]
     hint = did_you_mean(flags[0], known) if flags else ""
     return f"unrecognized arguments: {' '.join(flags or arguments)}{hint}"
 
@@ -126,7 +122,7 @@ def _describe_unknown(arguments: Sequence[str]) -> str:
 def _source(name: str, arguments: Mapping[str, object]) -> str:
     """Return where the value of a setting has come from."""
     if name in arguments:
-        return _flag(name)
+        return flag(name)
     variable = ENV_PREFIX + name.upper()
     if any(key.upper() == variable and value for key, value in os.environ.items()):
         return variable

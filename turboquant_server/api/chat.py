@@ -80,9 +80,10 @@ async def create_chat_completion(
     max_calls = 1 if body.parallel_tool_calls is False else None
     if grammar is not None:
         tools = None  # what looks like a call is part of the answer that was asked for
-    answers = [ChatAnswer(chat_format.open(chat.text, tools, max_calls)) for _ in range(num_choices)]
-    for answer in answers:
-        answer.num_prompt_tokens = len(chat.token_ids)
+    answers = [
+        ChatAnswer(chat_format.open(chat.text, tools, max_calls), len(chat.token_ids))
+        for _ in range(num_choices)
+    ]
     choices = [(answer, ChatTokenReport(body, prompt_tokenizer)) for answer in answers]
     prompt_token_ids = chat.token_ids if body.return_token_ids else None
     response_id = f"chatcmpl-{uuid.uuid4().hex}"

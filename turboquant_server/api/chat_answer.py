@@ -27,10 +27,11 @@ class ChatAnswer(Answer):
 
     Args:
         parser: Of this answer.
+        num_prompt_tokens: Of what it continues.
     """
 
-    def __init__(self, parser: AnswerParser) -> None:
-        super().__init__()
+    def __init__(self, parser: AnswerParser, num_prompt_tokens: int) -> None:
+        super().__init__(num_prompt_tokens=num_prompt_tokens)
         self._parser = parser
         self._deltas: list[ChoiceDelta] = []
         self._num_calls = 0

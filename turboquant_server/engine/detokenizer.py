@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from turboquant_server.partial_match import count_begun
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -96,17 +98,9 @@ class Detokenizer:
             self._held_text = ""
             end, start = min(matches)
             return piece[: end if self._include_stop else start]
-        num_certain = len(piece) - self._count_possible_stop(piece)
+        num_certain = len(piece) - count_begun(piece, self._stop)
         self._held_text = piece[num_certain:]
         return piece[:num_certain]
-
-    def _count_possible_stop(self, text: str) -> int:
-        """Return the length of the longest end of ``text`` with which a stop string begins."""
-        longest = max((len(stop) for stop in self._stop), default=1) - 1
-        for length in range(min(longest, len(text)), 0, -1):
-            if any(stop.startswith(text[-length:]) for stop in self._stop):
-                return length
-        return 0
 
     def _decode(self, token_ids: list[int]) -> str:
         skipped = self._skipped_token_ids

@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Sequence
 from typing import TypeAlias, TypeVar
 
 from turboquant_server.parsing.event import Content, Event, Reasoning
+from turboquant_server.partial_match import count_begun
 
 Result = TypeVar("Result")
 # Yields None where it waits for more text.
@@ -192,7 +193,7 @@ class Source:
         pattern = _any_of(ends)
         while True:
             match = pattern.search(self._text)
-            length = match.start() if match else len(self._text) - _count_possible(self._text, ends)
+            length = match.start() if match else len(self._text) - count_begun(self._text, ends)
             self._position = length
             if text := self.commit():
                 yield kind(text)
@@ -225,11 +226,3 @@ class Source:
 
 def _any_of(texts: Sequence[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, texts)))
-
-
-def _count_possible(text: str, ends: Sequence[str]) -> int:
-    """Return the length of the longest end of ``text`` with which one of ``ends`` begins."""
-    for length in range(min(max(map(len, ends)) - 1, len(text)), 0, -1):
-        if any(end.startswith(text[-length:]) for end in ends):
-            return length
-    return 0
