@@ -56,10 +56,10 @@ class Attention(Protocol):
 
 @dataclass(frozen=True)
 class PrefillAttention:
-    """Chunks of new tokens, one after another; their plans for each group of layers."""
+    """Chunks of new tokens, one after another; a plan for each group of layers."""
 
     store: PagedStore
-    plans: Sequence[Sequence[PrefillPlan]]
+    plans: Sequence[PrefillPlan]
 
     def attend(
         self,
@@ -71,8 +71,8 @@ class PrefillAttention:
         writes: bool,
     ) -> Tensor:
         """See `PagedStore.prefill`."""
-        plans = self.plans[self.store.layers[layer_idx].group]
-        return self.store.prefill(layer_idx, queries, keys, values, plans, options, writes=writes)
+        plan = self.plans[self.store.layers[layer_idx].group]
+        return self.store.prefill(layer_idx, queries, keys, values, plan, options, writes=writes)
 
 
 @dataclass(frozen=True)

@@ -30,14 +30,14 @@ class DenseCache(Cache):
         super().__init__(layers=DynamicCache(config=config).layers)
         self._store = store
         self._chunk = chunk
-        self._plans = [plan for (plan,) in store.plan_prefill([chunk])]
+        self._plans = store.plan_prefill([chunk])
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Keep the chunk, ``[1, num_kv_heads, num_tokens, head_dim]``, and return all up to its end."""
         plan = self._plans[self._store.layers[layer_idx].group]
-        past = self._store.read(layer_idx, plan)
+        past = self._store.read(layer_idx, plan.runs[0])
         new = key_states, value_states
         new_keys, new_values = (states[0].transpose(0, 1) for states in new)
         self._store.write(layer_idx, new_keys, new_values, plan)

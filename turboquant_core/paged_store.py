@@ -27,7 +27,7 @@ from torch import Tensor
 from turboquant_core import reference
 from turboquant_core.block_codec import BlockCodec
 from turboquant_core.layer_stack import LayerStack, make_blocks
-from turboquant_core.prefill_plan import PrefillPlan, plan_prefill
+from turboquant_core.prefill_plan import PrefillPlan, PrefillRun, plan_prefill
 from turboquant_core.reference import AttentionOptions, Codec, decode_attention
 from turboquant_core.request_cache import Visibility
 from turboquant_core.step_plan import Chunk, DecodePlan, due_blocks
@@ -123,8 +123,8 @@ class PagedStore:
             self.exact[index] = keys[place], values[place]
         return LayerStack(indices, records, keys, values)
 
-    def plan_prefill(self, chunks: Sequence[Chunk]) -> list[list[PrefillPlan]]:
-        """Return the plans of chunks for each group of layers."""
+    def plan_prefill(self, chunks: Sequence[Chunk]) -> list[PrefillPlan]:
+        """Return the plan of chunks for each group of layers."""
         return [
             plan_prefill(chunks, group, visibility, self.timeline, self.device)
             for group, visibility in enumerate(self.visibilities)
@@ -142,7 +142,7 @@ class PagedStore:
         queries: Tensor,
         keys: Tensor,
         values: Tensor,
-        plans: Sequence[PrefillPlan],
+        plan: PrefillPlan,
         options: AttentionOptions,
         *,
         writes: bool = True,
@@ -151,21 +151,31 @@ class PagedStore:
 
         Args:
             layer_idx: Of the layer whose cache is meant.
-            queries: ``[num_tokens, num_heads, key_dim]``, the tokens of one plan after another.
+            queries: ``[num_tokens, num_heads, key_dim]``, the tokens of one chunk after another.
             keys: ``[num_tokens, num_kv_heads, key_dim]``.
             values: ``[num_tokens, num_kv_heads, value_dim]``.
-            plans: Of the layer's group. Of one request, at most the last may be of generated tokens.
+            plan: Of the layer's group. Of one request, at most the last chunk may be of generated tokens.
             options: How scores are made.
             writes: False where another layer has already kept these keys and values.
 
         Returns:
             ``[num_tokens, num_heads, value_dim]`` in the dtype of the queries.
         """
-        sizes = [plan.num_tokens for plan in plans]
-        of_plans = zip(queries.split(sizes), keys.split(sizes), values.split(sizes), plans, strict=True)
-        return torch.cat(
-            [self._prefill_run(layer_idx, q, k, v, plan, options, writes) for q, k, v, plan in of_plans]
-        )
+        if writes:
+            self.write(layer_idx, keys, values, plan)
+        codec, records = self.layers[layer_idx].codec, self.records[layer_idx]
+        if self.uses_kernels:
+            from turboquant_core.kernels.triton_prefill import prefill
+
+            return prefill(queries, (keys, values), self.exact[layer_idx], records, plan, codec, options)
+        outputs = []
+        for run in plan.runs:
+            new = keys[run.rows].transpose(0, 1), values[run.rows].transpose(0, 1)
+            held = self._held(layer_idx, run)
+            outputs.append(
+                reference.prefill_attention(queries[run.rows], held, new, records, run, codec, options)
+            )
+        return torch.cat(outputs)
 
     def decode(
         self,
@@ -224,7 +234,7 @@ class PagedStore:
             if len(slots):
                 self._make_blocks(stack, slots, starts, block_ids)
 
-    def read(self, layer_idx: int, plan: PrefillPlan) -> tuple[Tensor, Tensor]:
+    def read(self, layer_idx: int, run: PrefillRun) -> tuple[Tensor, Tensor]:
         """Return all keys and values before a single chunk as its queries see them, in order of the tokens.
 
         Returns:
@@ -232,58 +242,40 @@ class PagedStore:
             model's dtype; of a layer whose queries see everything.
         """
         codec = self.layers[layer_idx].codec
-        records = self.records[layer_idx].index_select(0, plan.block_ids)
+        records = self.records[layer_idx].index_select(0, run.block_ids)
         decoded = codec.decode(records.transpose(0, 1))
         parts = []
-        for held, stored in zip(self._held(layer_idx, plan), decoded, strict=True):
-            sinks, ring = held[:, : plan.num_sinks], held[:, plan.num_sinks :]
+        for held, stored in zip(self._held(layer_idx, run), decoded, strict=True):
+            sinks, ring = held[:, : min(run.start, run.num_sinks)], held[:, run.num_sinks :]
             parts.append(torch.cat([sinks, stored.flatten(1, 2).to(held.dtype), ring], dim=1))
         return parts[0], parts[1]
 
     def write(self, layer_idx: int, keys: Tensor, values: Tensor, plan: PrefillPlan) -> None:
         """Keep the keys and values of a plan's tokens, ``[num_tokens, num_kv_heads, head_dim]``."""
-        states = keys.transpose(0, 1), values.transpose(0, 1)
-        slots = [exact[plan.slot] for exact in self.exact[layer_idx]]
-        for slot, new in zip(slots, states, strict=True):
-            if plan.start == 0:  # what another request has left is multiplied by zero, and may be NaN
-                slot.zero_()
-            slot[:, plan.kept_places] = new[:, plan.kept_rows].to(slot.dtype)
-        if plan.new_block_ids.numel():
-            tokens = slots if plan.are_new_in_slot else states
-            records = self.records[layer_idx]
-            layer = LayerStack([layer_idx], records[None], tokens[0][None, None], tokens[1][None, None])
-            rows = torch.zeros_like(plan.new_starts)
-            self._make_blocks(layer, rows, plan.new_starts, plan.new_block_ids)
-
-    def _prefill_run(
-        self,
-        layer_idx: int,
-        queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        plan: PrefillPlan,
-        options: AttentionOptions,
-        writes: bool,
-    ) -> Tensor:
-        """See `prefill`; of one plan."""
-        codec, records = self.layers[layer_idx].codec, self.records[layer_idx]
-        new = keys.transpose(0, 1), values.transpose(0, 1)
-        if plan.start == 0:
-            held = new[0][:, : plan.num_sinks], new[1][:, : plan.num_sinks]
-        else:
-            held = self._held(layer_idx, plan)
-        if writes:
-            self.write(layer_idx, keys, values, plan)
+        exact = self.exact[layer_idx]
         if self.uses_kernels:
-            from turboquant_core.kernels.triton_prefill import prefill_attention
+            from turboquant_core.kernels.triton_keep import keep_tokens
 
-            return prefill_attention(queries, held, new, records, plan, codec, options)
-        return reference.prefill_attention(queries, held, new, records, plan, codec, options)
+            keep_tokens(keys, values, exact, plan)
+        else:
+            is_token = (plan.kept_rows >= 0)[:, None, None]
+            for places, new in zip(exact, (keys, values), strict=True):
+                kept = torch.where(is_token, new[plan.kept_rows], 0).to(places.dtype)
+                places[plan.kept_slots, :, plan.kept_places] = kept
+        records = self.records[layer_idx][None]
+        if plan.new_block_ids.numel():
+            new_keys, new_values = (states.transpose(0, 1)[None, None] for states in (keys, values))
+            stack = LayerStack([layer_idx], records, new_keys, new_values)
+            rows = torch.zeros_like(plan.new_rows)
+            self._make_blocks(stack, rows, plan.new_rows, plan.new_block_ids)
+        if plan.ring_block_ids.numel():
+            stack = LayerStack([layer_idx], records, exact[0][None], exact[1][None])
+            self._make_blocks(stack, plan.ring_slots, plan.ring_places, plan.ring_block_ids)
 
-    def _held(self, layer_idx: int, plan: PrefillPlan) -> tuple[Tensor, Tensor]:
-        """Return the exact keys and values before a plan's chunks, ``[num_kv_heads, num_held, dim]``."""
+    def _held(self, layer_idx: int, run: PrefillRun) -> tuple[Tensor, Tensor]:
+        """Return the exact keys and values before a run's chunks, ``[num_kv_heads, num_held, dim]``."""
         keys, values = self.exact[layer_idx]
-        return keys[plan.slot][:, plan.held_places], values[plan.slot][:, plan.held_places]
+        return keys[run.slot][:, run.held_places], values[run.slot][:, run.held_places]
 
     def _make_blocks(self, stack: LayerStack, rows: Tensor, starts: Tensor, block_ids: Tensor) -> None:
         codecs = [self.layers[index].codec for index in stack.indices]

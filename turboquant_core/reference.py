@@ -18,7 +18,7 @@ from torch import Tensor
 from turboquant_core.block_codec import BlockCodec
 from turboquant_core.config import BLOCK_SIZE
 from turboquant_core.exact_codec import ExactCodec
-from turboquant_core.prefill_plan import PlannedChunk, PrefillPlan
+from turboquant_core.prefill_plan import PlannedChunk, PrefillRun
 from turboquant_core.softmax import RunningSoftmax
 from turboquant_core.step_plan import DecodePlan
 
@@ -50,7 +50,7 @@ def prefill_attention(
     held: tuple[Tensor, Tensor],
     new: tuple[Tensor, Tensor],
     records: Tensor,
-    plan: PrefillPlan,
+    run: PrefillRun,
     codec: Codec,
     options: AttentionOptions,
 ) -> Tensor:
@@ -62,7 +62,7 @@ def prefill_attention(
         new: Keys ``[num_kv_heads, num_tokens, key_dim]`` and values: the chunks' own.
         records: uint8 ``[num_blocks, num_kv_heads, record_bytes]``, of all requests; those of blocks that
             are made of one chunk and seen by another are there.
-        plan: Which of all these each query sees.
+        run: Which of all these each query sees.
         codec: Of the records.
         options: How scores are made.
 
@@ -70,15 +70,15 @@ def prefill_attention(
         ``[num_tokens, num_heads, value_dim]`` in the dtype of the queries.
     """
     outputs = []
-    for chunk in plan.chunks:
+    for chunk in run.chunks:
         # Tokens of an earlier chunk, if they are not in blocks yet.
-        rows = slice(max(0, chunk.exact_start - plan.start), chunk.rows.stop)
+        rows = slice(max(0, chunk.exact_start - run.start), chunk.rows.stop)
         exact_keys, exact_values = (
             torch.cat([old, states[:, rows]], dim=1).float() for old, states in zip(held, new, strict=True)
         )
         outputs.append(
             _chunk_attention(
-                queries[chunk.rows], (exact_keys, exact_values), rows, records, plan, chunk, codec, options
+                queries[chunk.rows], (exact_keys, exact_values), rows, records, run, chunk, codec, options
             )
         )
     return torch.cat(outputs)
@@ -89,14 +89,14 @@ def _chunk_attention(
     exact: tuple[Tensor, Tensor],
     exact_rows: slice,
     records: Tensor,
-    plan: PrefillPlan,
+    run: PrefillRun,
     chunk: PlannedChunk,
     codec: Codec,
     options: AttentionOptions,
 ) -> Tensor:
-    """Attend for one chunk to the tokens that are held, to some of the plan's own, and to blocks."""
+    """Attend for one chunk to the tokens that are held, to some of the run's own, and to blocks."""
     exact_keys, exact_values = exact
-    exact_mask, block_mask = _masks(plan, chunk, exact_rows)
+    exact_mask, block_mask = _masks(run, chunk, exact_rows)
     num_kv_heads, _, value_dim = exact_values.shape
     num_tokens = len(queries)
     # [num_kv_heads, heads of a group * num_tokens, key_dim]
@@ -115,7 +115,7 @@ def _chunk_attention(
 
     add(grouped @ exact_keys.mT, exact_mask, lambda weights: weights @ exact_values)
     transformed = codec.transform_queries(grouped)
-    block_ids = plan.block_ids[chunk.blocks]
+    block_ids = run.block_ids[chunk.blocks]
     for piece in _pieces(len(block_ids), num_kv_heads * (queries.shape[2] + value_dim), queries.device):
         blocks = records.index_select(0, block_ids[piece]).transpose(0, 1)
         keys, values = (states.flatten(1, 2) for states in codec.stored(blocks))
@@ -181,23 +181,23 @@ def decode_attention(
     return softmax.result().flatten(1, 2).to(queries.dtype)
 
 
-def _masks(plan: PrefillPlan, chunk: PlannedChunk, exact_rows: slice) -> tuple[Tensor, Tensor | None]:
+def _masks(run: PrefillRun, chunk: PlannedChunk, exact_rows: slice) -> tuple[Tensor, Tensor | None]:
     """Return which exact tokens, and which of blocks, each query of a chunk sees; None stands for all."""
-    device = plan.block_ids.device
-    num_ring = len(plan.held_places) - plan.num_sinks if plan.start else 0
-    sinks = torch.arange(plan.num_sinks, device=device)
-    others = torch.arange(plan.start - num_ring, plan.start + exact_rows.stop, device=device)
+    device = run.block_ids.device
+    num_ring = len(run.held_places) - run.num_sinks
+    sinks = torch.arange(run.num_sinks, device=device)
+    others = torch.arange(run.start - num_ring, run.start + exact_rows.stop, device=device)
     others = torch.cat([others[:num_ring], others[num_ring + exact_rows.start :]])
     positions = torch.cat([sinks, others])
-    is_sink = torch.arange(len(positions), device=device) < plan.num_sinks
+    is_sink = torch.arange(len(positions), device=device) < run.num_sinks
     is_held = torch.where(is_sink, positions < chunk.exact_start, positions >= chunk.exact_start)
-    queries = torch.arange(plan.start, plan.start + plan.num_tokens, device=device)[chunk.rows, None]
+    queries = torch.arange(run.start, run.start + run.num_tokens, device=device)[chunk.rows, None]
     exact_mask = (positions <= queries) & is_held
-    if plan.first_visible is None:
+    if run.first_visible is None:
         return exact_mask, None
-    first_visible = plan.first_visible[chunk.rows, None]
+    first_visible = run.first_visible[chunk.rows, None]
     blocks = torch.arange(chunk.blocks.start * BLOCK_SIZE, chunk.blocks.stop * BLOCK_SIZE, device=device)
-    return exact_mask & (positions >= first_visible), plan.blocks_start + blocks >= first_visible
+    return exact_mask & (positions >= first_visible), run.blocks_start + blocks >= first_visible
 
 
 def _grouped(queries: Tensor, num_kv_heads: int, options: AttentionOptions) -> Tensor:

@@ -139,10 +139,11 @@ def test_reading_returns_what_a_chunk_sees(bits: tuple[int, int] | None) -> None
     while request.num_computed < 300:
         start = request.num_computed
         end = SMALL.chunk_end(start, 230) if start < 230 else start + 1
-        [[plan]] = engine.store.plan_prefill(engine.chunks(request, end))
+        [plan] = engine.store.plan_prefill(engine.chunks(request, end))
+        [run] = plan.runs
         past = tokens.part(0, start)
         expected = as_read(past, codec, num_blocks_read(start, 230, SMALL), SMALL.num_sinks)
-        for states, expected_states in zip(engine.store.read(0, plan), expected, strict=True):
+        for states, expected_states in zip(engine.store.read(0, run), expected, strict=True):
             torch.testing.assert_close(states.transpose(0, 1), expected_states, rtol=1e-6, atol=1e-6)
         engine.prefill((request, end))
 
@@ -161,8 +162,7 @@ def test_writing_leaves_what_prefill_and_decode_leave() -> None:
         new = tokens.part(start, chunk.end)
         plans = writing.store.plan_prefill([chunk])
         for index, layer in writing.store.layers.items():
-            [plan] = plans[layer.group]
-            writing.store.write(index, new.keys, new.values, plan)
+            writing.store.write(index, new.keys, new.values, plans[layer.group])
         request.num_computed = chunk.end
     assert request.cache.extend(299, 300)
     assert_same_records(writing.records_of(request), attending.records_of(expected))
@@ -181,10 +181,10 @@ def test_a_layer_that_does_not_write_attends_to_what_another_has_written_in_chun
         chunks, part = engine.chunks(request, end), request.tokens.part(request.num_computed, end)
         engine.prefill((request, end))
         before = memory(engine)
-        [plans] = engine.store.plan_prefill(chunks)
-        outputs = engine.store.prefill(0, *part, plans, layer.options, writes=False)
+        [plan] = engine.store.plan_prefill(chunks)
+        outputs = engine.store.prefill(0, *part, plan, layer.options, writes=False)
         assert torch.equal(outputs, request.outputs[0, chunks[0].start : end])
-        engine.store.prefill(0, part.queries, -part.keys, -part.values, plans, layer.options, writes=False)
+        engine.store.prefill(0, part.queries, -part.keys, -part.values, plan, layer.options, writes=False)
         assert all(map(torch.equal, memory(engine), before))
 
 

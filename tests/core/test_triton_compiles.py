@@ -69,6 +69,7 @@ def test_kernels_compile_and_fit(
     assert result["error"] is None
     assert set(result["kernels"]) == {
         "_encode",
+        "_keep",
         "_read",
         "_read_plain",
         "_multiply",

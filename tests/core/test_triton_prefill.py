@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from paged_requests import FULL, SMALL, Engine, Layer, Request, Shape, make_codec, random_tokens
+from paged_requests import FULL, SMALL, Engine, Layer, Request, Shape, Tokens, make_codec, random_tokens
 from torch import Tensor
 
 from turboquant_core.reference import AttentionOptions
@@ -49,9 +49,9 @@ def engine_of(
 def attend_again(engine: Engine, chunks: list[Chunk], states: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     """Return what the reference finds in what chunks have left."""
     engine.store.uses_kernels = False
-    [plans] = engine.store.plan_prefill(chunks)
+    [plan] = engine.store.plan_prefill(chunks)
     on_device = [each.to(DEVICE) for each in states]
-    outputs = engine.store.prefill(0, *on_device, plans, engine.layers[0].options, writes=False)
+    outputs = engine.store.prefill(0, *on_device, plan, engine.layers[0].options, writes=False)
     engine.store.uses_kernels = True
     return outputs.cpu()
 
@@ -119,8 +119,44 @@ def test_requests_beside_each_other_get_what_each_gets_alone() -> None:
     engine = engine_of(shape, (4, 4))
     together = [engine.open(each, len(each.keys)) for each in tokens]
     engine.prefill(*((request, len(request.tokens.keys)) for request in together))
+    tolerance = 1e-6 if HAS_GPU else 0.0  # whose products depend on the shapes of tiles
     for request, expected in zip(together, alone, strict=True):
-        assert torch.equal(request.outputs, expected)
+        torch.testing.assert_close(request.outputs, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("most_numbers", [64 * 2 * 64, 5 * 64 * 2 * 64, 2**24])
+def test_pasts_of_several_requests_are_read_in_pieces(
+    monkeypatch: pytest.MonkeyPatch, most_numbers: int
+) -> None:
+    """Pieces may have blocks of several requests, and requests beside them have none."""
+    monkeypatch.setattr(triton_prefill, "_SCRATCH_NUMBERS", most_numbers)
+    shape = Shape(2, 1, 32, 32)
+    engine = engine_of(shape, (4, 4))
+    requests = [engine.open(random_tokens(shape, 330, seed=seed), 300) for seed in (9, 10, 11)]
+    engine.prefill((requests[0], 196), (requests[2], 300))
+    ends = (300, 132, 330)
+    chunks = [chunk for each, end in zip(requests, ends, strict=True) for chunk in engine.chunks(each, end)]
+    starts = [request.num_computed for request in requests]
+    engine.prefill(*zip(requests, ends, strict=True))
+    parts = [each.tokens.part(*span) for each, *span in zip(requests, starts, ends, strict=True)]
+    expected = attend_again(engine, chunks, Tokens(*map(torch.cat, zip(*parts, strict=True))))
+    spans = zip(requests, starts, ends, strict=True)
+    outputs = torch.cat([each.outputs[0, start:end] for each, start, end in spans])
+    torch.testing.assert_close(outputs, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_many_requests_take_as_many_launches_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    num_launches = []
+    launch = triton_prefill._launch
+    monkeypatch.setattr(
+        triton_prefill, "_launch", lambda *args, **kwargs: (num_launches.append(1), launch(*args, **kwargs))
+    )
+    shape = Shape(1, 1, 16, 16)
+    for count in (1, 3):
+        engine = engine_of(shape, (4, 4))
+        requests = [engine.open(random_tokens(shape, 140, seed=seed), 140) for seed in range(count)]
+        engine.prefill(*((request, 140) for request in requests))
+    assert len(num_launches) == 2 * 2
 
 
 def test_a_prompt_goes_on_from_what_another_has_left() -> None:

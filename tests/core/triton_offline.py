@@ -29,6 +29,7 @@ from turboquant_core.block_quantizer import KEY_SCALE, VALUE_SCALE, BlockQuantiz
 from turboquant_core.exact_codec import ExactCodec
 from turboquant_core.kernels.triton_decode import decode
 from turboquant_core.kernels.triton_encode import encode_blocks
+from turboquant_core.kernels.triton_keep import keep_tokens
 from turboquant_core.kernels.triton_multiply import multiply
 from turboquant_core.kernels.triton_prefill import attend_exact, attend_stored, nothing_found
 from turboquant_core.kernels.triton_read import read_blocks
@@ -88,25 +89,33 @@ def launch(shape: Launch) -> None:
     options = AttentionOptions(1.0, shape.softcap, sinks)
     queries = torch.zeros(2, num_heads, shape.key_dim, dtype=dtype)
     decode(queries, (keys, values), records, tables, timeline, codec, options)
-    held, new, stored = (
-        tuple(torch.zeros(KV_HEADS, count, dim, dtype=dtype) for dim in (shape.key_dim, shape.value_dim))
-        for count in (4, 2, 128)
+    new, stored = (
+        tuple(torch.zeros((*sizes, dim), dtype=dtype) for dim in (shape.key_dim, shape.value_dim))
+        for sizes in ((2, KV_HEADS), (KV_HEADS, 128))
     )
     read_blocks(records, numbers, codec, *stored)
     read_blocks(records, numbers, ExactCodec(shape.key_dim, shape.value_dim, dtype), *stored)
+    integers = torch.zeros(2, 10, dtype=torch.int64)
     plan = SimpleNamespace(
-        start=9,
-        num_sinks=4,
-        exact_starts=numbers.long(),
-        first_visible=None if shape.softcap is None else numbers.long(),
+        table=integers,
+        tiles=integers[:, :2],
+        exact_starts=integers[0],
+        first_visible=None if shape.softcap is None else integers[0],
+        held_places=integers[0],
+        kept_rows=integers[0],
+        kept_slots=integers[0],
+        kept_places=integers[0],
     )
+    keep_tokens(*new, (keys, values), plan)
     found = nothing_found(2, num_heads, shape.value_dim, numbers.device)
-    attend_exact(queries, held, new, found, plan, options)
-    attend_stored(queries, *stored, 0, found, plan, options, continues=True)
+    attend_exact(queries, new, (keys, values), found, plan, options)
+    by_token = [states.transpose(0, 1) for states in stored]
+    attend_stored(queries, *by_token, slice(0, 2), found, plan, options, continues=True)
     # Of many tokens at once.
     _, matrices, _ = codec.value_quantizer.transform.matrices(queries.device)
-    averages, shares = torch.zeros(600, num_heads, shape.value_dim), torch.zeros(2, 600, num_heads)
-    multiply(averages, matrices, KV_HEADS, dtype, averages, shares)
+    averages, weights = torch.zeros(600, num_heads, shape.value_dim), torch.zeros(600, num_heads)
+    sink_weights = () if sinks is None else (sinks,)
+    multiply(averages, matrices, KV_HEADS, dtype, averages, (weights, weights, *sink_weights))
 
 
 def usage(kernel: Any) -> dict[str, int]:

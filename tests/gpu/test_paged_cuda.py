@@ -56,8 +56,8 @@ def run_store(device: torch.device, visibility: Visibility) -> list[torch.Tensor
         chunks.append(Chunk(cache, start, end, num_prompt_tokens))
         start = end
     new = slice(0, num_prompt_tokens)
-    (plans,) = store.plan_prefill(chunks)
-    outputs = [store.prefill(0, queries[new], keys[new], values[new], plans, options)]
+    (plan,) = store.plan_prefill(chunks)
+    outputs = [store.prefill(0, queries[new], keys[new], values[new], plan, options)]
     for position in range(num_prompt_tokens, num_tokens):
         assert cache.extend(position, position + 1)
         chunk = Chunk(cache, position, position + 1, num_prompt_tokens)

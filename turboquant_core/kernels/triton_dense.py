@@ -1,7 +1,7 @@
 """Attention of a request's new tokens over keys and values that lie token by token, in Triton.
 
-New tokens and keys are of successive positions. Each token sees keys as they came from its exact start on,
-and those before as blocks give them: a call is for one or the other. What calls find is joined by the
+The tokens are those of a `PrefillPlan`. Each sees keys as they came from its exact start on, and those before
+as blocks give them: a call is for one or the other, and for all runs. What calls find is joined by the
 logarithms of its weights.
 """
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
@@ -27,6 +27,7 @@ def _attend_keys(
     values,
     key_stride,
     value_stride,
+    places,
     begin,
     end,
     num_keys,
@@ -50,13 +51,16 @@ def _attend_keys(
     VALUE_COLS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """Go on with keys from `begin` to `end`. The first that are held are the sinks, from position 0 on."""
+    """Go on with keys from `begin` to `end`; those that are held lie at `places`, the sinks first."""
     key_dim = tl.arange(0, KEY_COLS)
     value_dim = tl.arange(0, VALUE_COLS)
     for start in tl.range(begin, end, COLS):
         index = start + tl.arange(0, COLS)
-        key_places = keys + index[None, :] * key_stride + key_dim[:, None]
-        value_places = values + index[:, None] * value_stride + value_dim[None, :]
+        place = index
+        if KIND == _HELD:
+            place = tl.load(places + index, index < num_keys, 0).to(tl.int32)
+        key_places = keys + place[None, :] * key_stride + key_dim[:, None]
+        value_places = values + place[:, None] * value_stride + value_dim[None, :]
         if IS_MASKED:
             is_key = index < num_keys
             key = tl.load(key_places, is_key[None, :] & (key_dim < KEY_DIM)[:, None], 0)
@@ -92,36 +96,37 @@ def _attend_keys(
 
 
 @triton.jit(
-    do_not_specialize=["num_tokens", "num_keys", "num_held", "num_sinks", "start", "key_start", "group"],
-    do_not_specialize_on_alignment=["exact_starts", "all_first_visible"],
+    do_not_specialize=["first_of_piece", "blocks_of_piece", "group"],
+    do_not_specialize_on_alignment=["table", "tiles", "exact_starts", "all_first_visible", "held_places"],
 )
 def attend_dense(
     queries,
     keys,
     values,
-    held_keys,
-    held_values,
+    slot_keys,
+    slot_values,
     averages,
     all_weights,
+    table,
+    tiles,
     exact_starts,
     all_first_visible,
-    num_tokens,
-    num_keys,
-    num_held,
-    num_sinks,
-    start,
-    key_start,
+    held_places,
+    first_of_piece,
+    blocks_of_piece,
     group,
     query_stride,
     query_head_stride,
-    key_head_stride,
     key_stride,
-    value_head_stride,
+    key_head_stride,
     value_stride,
-    held_key_head_stride,
-    held_key_stride,
-    held_value_head_stride,
-    held_value_stride,
+    value_head_stride,
+    slot_key_stride,
+    slot_key_head_stride,
+    place_key_stride,
+    slot_value_stride,
+    slot_value_head_stride,
+    place_value_stride,
     scale,
     softcap,
     HAS_SOFTCAP: tl.constexpr,
@@ -132,19 +137,47 @@ def attend_dense(
     KEY_COLS: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     VALUE_COLS: tl.constexpr,
+    TILE_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    # The last rows see most keys and go first.
-    first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS
+    PARTS: tl.constexpr = TILE_SIZE // ROWS
+    tile = tiles + tl.program_id(0) // PARTS * 2
+    run = table + tl.load(tile) * 10
+    first_row = tl.load(tile + 1).to(tl.int32) + tl.program_id(0) % PARTS * ROWS
     head = tl.program_id(1).to(tl.int64)
     kv_head = head // group
+    first_token = tl.load(run)
+    num_tokens = tl.load(run + 1).to(tl.int32)
+    start = tl.load(run + 2).to(tl.int32)
+    if first_row >= num_tokens:
+        return
+    if IS_EXACT:
+        num_keys = num_tokens
+        key_start = start
+        keys += first_token * key_stride
+        values += first_token * value_stride
+    else:
+        first_block = tl.load(run + 7).to(tl.int32)
+        begin_block = tl.maximum(first_block, first_of_piece)
+        end_block = tl.minimum(first_block + tl.load(run + 8).to(tl.int32), first_of_piece + blocks_of_piece)
+        num_keys = tl.maximum(end_block - begin_block, 0) * 64
+        if CONTINUES and num_keys == 0:
+            return
+        key_start = tl.load(run + 9).to(tl.int32) + (begin_block - first_block) * 64
+        keys += (begin_block - first_of_piece).to(tl.int64) * 64 * key_stride
+        values += (begin_block - first_of_piece).to(tl.int64) * 64 * value_stride
+    keys += kv_head * key_head_stride
+    values += kv_head * value_head_stride
     row = first_row + tl.arange(0, ROWS)
     is_row = row < num_tokens
+    token = first_token + row
+    exact_starts += first_token
+    all_first_visible += first_token
     key_dim = tl.arange(0, KEY_COLS)
     value_dim = tl.arange(0, VALUE_COLS)
     query = tl.load(
-        queries + row[:, None].to(tl.int64) * query_stride + head * query_head_stride + key_dim[None, :],
+        queries + token[:, None] * query_stride + head * query_head_stride + key_dim[None, :],
         is_row[:, None] & (key_dim < KEY_DIM)[None, :],
         0,
     )
@@ -155,8 +188,6 @@ def attend_dense(
     if HAS_WINDOW:
         first_visible = tl.load(all_first_visible + row, is_row, 0).to(tl.int32)
         lowest = tl.load(all_first_visible + first_row).to(tl.int32)
-    keys += kv_head * key_head_stride
-    values += kv_head * value_head_stride
     lowest_exact = tl.load(exact_starts + first_row).to(tl.int32)
     if IS_EXACT:
         begin = tl.maximum(tl.maximum(lowest, lowest_exact) - key_start, 0) // COLS * COLS
@@ -174,28 +205,32 @@ def attend_dense(
     denominator = tl.zeros([ROWS], tl.float32)
     sums = tl.zeros([ROWS, VALUE_COLS], tl.float32)
     if IS_EXACT:
-        held_keys += kv_head * held_key_head_stride
-        held_values += kv_head * held_value_head_stride
+        slot = tl.load(run + 3)
+        num_held = tl.load(run + 5).to(tl.int32)
+        num_sinks = tl.load(run + 6).to(tl.int32)
+        slot_keys += slot * slot_key_stride + kv_head * slot_key_head_stride
+        slot_values += slot * slot_value_stride + kv_head * slot_value_head_stride
         top, denominator, sums = _attend_keys(
-            query, held_keys, held_values, held_key_stride, held_value_stride, 0, num_held, num_held,
+            query, slot_keys, slot_values, place_key_stride, place_value_stride,
+            held_places + tl.load(run + 4), 0, num_held, num_held,
             start - num_held, num_sinks, position, exact_start, first_visible, scale, softcap,
             top, denominator, sums, _HELD, True,
             HAS_SOFTCAP, HAS_WINDOW, KEY_DIM, KEY_COLS, VALUE_DIM, VALUE_COLS, COLS,
         )  # fmt: skip
     elif not HAS_WINDOW:
         top, denominator, sums = _attend_keys(
-            query, keys, values, key_stride, value_stride, begin, middle, num_keys,
-            key_start, num_sinks, position, exact_start, first_visible, scale, softcap,
+            query, keys, values, key_stride, value_stride, held_places, begin, middle, num_keys,
+            key_start, 0, position, exact_start, first_visible, scale, softcap,
             top, denominator, sums, _STORED, False,
             HAS_SOFTCAP, HAS_WINDOW, KEY_DIM, KEY_COLS, VALUE_DIM, VALUE_COLS, COLS,
         )  # fmt: skip
     top, denominator, sums = _attend_keys(
-        query, keys, values, key_stride, value_stride, middle, end, num_keys,
-        key_start, num_sinks, position, exact_start, first_visible, scale, softcap,
+        query, keys, values, key_stride, value_stride, held_places, middle, end, num_keys,
+        key_start, 0, position, exact_start, first_visible, scale, softcap,
         top, denominator, sums, _NEW if IS_EXACT else _STORED, True,
         HAS_SOFTCAP, HAS_WINDOW, KEY_DIM, KEY_COLS, VALUE_DIM, VALUE_COLS, COLS,
     )  # fmt: skip
-    rows = row.to(tl.int64) * tl.num_programs(1) + head
+    rows = token * tl.num_programs(1) + head
     is_number = is_row[:, None] & (value_dim < VALUE_DIM)[None, :]
     average_places = averages + rows[:, None] * VALUE_DIM + value_dim[None, :]
     average = sums / tl.where(denominator > 0, denominator, 1)[:, None]

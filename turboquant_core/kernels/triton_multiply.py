@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 from torch import Tensor
@@ -16,7 +18,7 @@ def multiply(
     num_kv_heads: int,
     dtype: torch.dtype,
     added: Tensor | None = None,
-    shares: Tensor | None = None,
+    weights: Sequence[Tensor] = (),
 ) -> Tensor:
     """Multiply vectors with the matrix of their kv head.
 
@@ -26,8 +28,9 @@ def multiply(
         num_kv_heads: Of which query heads share one.
         dtype: Of the result.
         added: float32, shaped as the result, contiguous: added to it.
-        shares: float32 ``[2, num_tokens, num_heads]``, contiguous: what the products, and what is added, are
-            multiplied by.
+        weights: Base-2 logarithms of how much the products, what is added and, if there are three, nothing
+            weigh in an average of them, contiguous, float32: ``[num_tokens, num_heads]`` twice, then
+            ``[num_heads]``. Without any, the result is the sum.
 
     Returns:
         ``[num_tokens, num_heads, dim]``.
@@ -35,23 +38,25 @@ def multiply(
     num_tokens, num_heads, dim = vectors.shape
     products = torch.empty(vectors.shape, dtype=dtype, device=vectors.device)
     num_rows = num_tokens * (num_heads // num_kv_heads)
-    rows, cols, precision = 16, 32, "ieee"
-    if num_rows >= 512 and not triton.knobs.runtime.interpret:  # which knows no other precision
-        # On tensor cores, in parts of 8 bits: two make more than what 16-bit numbers hold, three a float32.
-        rows, cols, precision = 64, 128, "bf16x6" if dtype == torch.float32 else "bf16x3"
+    # Few rows are for few programs otherwise. What a row becomes must not depend on how many there are.
+    rows, cols = (64, 128) if num_rows >= 512 else (16, 32)
+    # On tensor cores, in parts of 8 bits: two make more than what 16-bit numbers hold, three a float32.
+    precision = "bf16x6" if dtype == torch.float32 else "bf16x3"
+    if triton.knobs.runtime.interpret:  # which knows no other
+        precision = "ieee"
     with torch.cuda.device_of(vectors):
         _multiply[(triton.cdiv(num_rows, rows), num_kv_heads, triton.cdiv(dim, cols))](
             vectors,
             matrices,
             vectors if added is None else added,
-            vectors if shares is None else shares,
+            *[*weights, vectors, vectors, vectors][:3],
             products,
             num_rows,
             num_kv_heads,
             *vectors.stride()[:2],
             0 if len(matrices) == 1 else dim * dim,
             HAS_ADDED=added is not None,
-            HAS_SHARES=shares is not None,
+            NUM_WEIGHTS=len(weights),
             GROUP=num_heads // num_kv_heads,
             DIM=dim,
             ROWS=rows,
@@ -67,7 +72,9 @@ def _multiply(
     vectors,
     matrices,
     added,
-    shares,
+    weights,
+    added_weights,
+    sink_weights,
     products,
     num_rows,
     num_kv_heads,
@@ -75,7 +82,7 @@ def _multiply(
     head_stride,
     matrix_stride,
     HAS_ADDED: tl.constexpr,
-    HAS_SHARES: tl.constexpr,
+    NUM_WEIGHTS: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     ROWS: tl.constexpr,
@@ -103,11 +110,21 @@ def _multiply(
         )
         product = tl.dot(left.to(tl.float32), right, product, input_precision=PRECISION)
     is_product = is_row[:, None] & (col < DIM)[None, :]
-    if HAS_SHARES:
-        product *= tl.load(shares + vector, is_row, 0)[:, None]
+    share, added_share = 1.0, 1.0
+    if NUM_WEIGHTS > 0:
+        weight, added_weight = (
+            tl.load(weights + vector, is_row, 0),
+            tl.load(added_weights + vector, is_row, 0),
+        )
+        top = tl.maximum(weight, added_weight)
+        if NUM_WEIGHTS == 3:
+            sink_weight = tl.load(sink_weights + query_head)
+            top = tl.maximum(top, sink_weight)
+        share, added_share = tl.exp2(weight - top), tl.exp2(added_weight - top)
+        total = share + added_share
+        if NUM_WEIGHTS == 3:
+            total += tl.exp2(sink_weight - top)
+        share, added_share = (share / total)[:, None], (added_share / total)[:, None]
     if HAS_ADDED:
-        number = tl.load(added + place + col[None, :], is_product, 0)
-        if HAS_SHARES:
-            number *= tl.load(shares + (num_rows * num_kv_heads).to(tl.int64) + vector, is_row, 0)[:, None]
-        product += number
+        product = product * share + tl.load(added + place + col[None, :], is_product, 0) * added_share
     tl.store(products + place + col[None, :], product.to(products.dtype.element_ty), is_product)
