@@ -19,7 +19,6 @@ import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
-from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from kv_runs import Run, RunCache, run_plain, run_served
+from kv_runs import Run, RunCache, ServedCache, run_plain
 
 from turboquant_server.cache_plan import tokens_before_a_text
 from turboquant_server.config import SUPPORTED_BITS, ServerConfig
@@ -46,10 +45,10 @@ CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 QUICK_CONTEXTS = (512, 2048)
 NUM_TOKENS, NUM_QUICK_TOKENS = 64, 16  # of an answer
 LEGEND = """\
-context: tokens of prompt and answer. KV: bytes of a cache for one such request; x: how many times as many
-that of bf16 has, the same server without compression. Peaks: the most that tensors took of the GPU, weights
-included, while the prompt was read and while tokens were generated; a server reads it in steps, transformers
-at once. same: tokens like bf16's up to the first that differs. On a CPU a server reads bf16's
+context: tokens of prompt and answer. KV: what such a request holds of a cache; x: how many times as many bytes
+bf16's has, the same server without compression. Peaks: the most that tensors took of the GPU, weights included
+and unused cache not, while the prompt was read and while tokens were generated; a server reads it in steps,
+transformers at once. same: tokens like bf16's up to the first that differs. On a CPU a server reads bf16's
 blocks more slowly than codes: what codes cost in speed, only `transformers` tells there."""
 
 
@@ -60,7 +59,7 @@ def caches(config: ServerConfig, bits: Sequence[int], *, with_transformers: bool
         **{f"{width} bits": {"kv_cache_dtype": "turboquant", "kv_bits": (width, width)} for width in bits},
     }
     runs: dict[str, RunCache] = {
-        name: partial(run_served, config.model_copy(update=update)) for name, update in options.items()
+        name: ServedCache(config.model_copy(update=update)) for name, update in options.items()
     }
     return runs | ({"transformers": run_plain} if with_transformers else {})
 
@@ -88,18 +87,20 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Return a row for each context and cache; ``error`` is in those of caches that could not be run."""
     rows = []
-    for context in contexts:
-        prompt = make_prompt(loaded, context - num_tokens)
-        reference: Run | None = None
-        for name, run_cache in runs.items():
+    references: dict[int, Run] = {}
+    for name, run_cache in runs.items():
+        for context in sorted(contexts, reverse=True):  # so that what holds the first holds all
             bar.set_postfix_str(f"{name}, {context:,} tokens")
+            prompt = make_prompt(loaded, context - num_tokens)
             row: dict[str, Any] = {"context": context, "cache": name}
             try:
                 run = run_cache(loaded, prompt, num_tokens)
             except (ModelLoadError, RequestFailedError, torch.OutOfMemoryError) as error:
                 row["error"] = str(error).partition("\n")[0]
             else:
-                reference = run if name == REFERENCE else reference
+                if name == REFERENCE:
+                    references[context] = run
+                reference = references.get(context)
                 row |= {
                     "kv_bytes": run.kv_bytes,
                     "kv_bytes_of_reference": reference and reference.kv_bytes,
@@ -111,10 +112,13 @@ def measure(
                 }
             rows.append(row)
             bar.update()
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-    return rows
+        if isinstance(run_cache, ServedCache):
+            run_cache.close()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    order = list(runs)
+    return sorted(rows, key=lambda row: (row["context"], order.index(row["cache"])))
 
 
 def benchmark(name: str | None, args: argparse.Namespace) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """A request through a KV cache: its tokens, times and bytes. Knows how caches are run, not which there are.
 
-A run is done once before it counts, so that kernels are compiled and memory is at hand.
+A short run comes before the one that counts, so that kernels are compiled and memory is at hand.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import asyncio
 import inspect
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -18,12 +18,11 @@ from transformers import DynamicCache, PreTrainedModel
 
 from turboquant_core import cache_argument, use_plain_attention
 from turboquant_server.config import ServerConfig
-from turboquant_server.engine.async_engine import AsyncEngine
 from turboquant_server.engine.sampling_params import SamplingParams
 from turboquant_server.model_loader import LoadedModel
 from turboquant_server.model_manager import ModelManager
 
-NUM_WARMUP_TOKENS = 2
+NUM_WARMUP_PROMPT_TOKENS, NUM_WARMUP_TOKENS = 4096, 2
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,8 @@ class Lap:
 
     Attributes:
         seconds: How long it took.
-        peak_bytes: The most that tensors took of the GPU, the model included; None on a CPU.
+        peak_bytes: The most that tensors took of the GPU, the model included, but what the cache has room for
+            beyond this request; None on a CPU.
     """
 
     seconds: float
@@ -47,7 +47,7 @@ class Run:
         token_ids: The likeliest token each time.
         prefill: From the prompt to the first token.
         decode: From there to the last token.
-        kv_bytes: What the cache takes when the last token is there.
+        kv_bytes: What the request holds of the cache when the last token comes.
     """
 
     token_ids: list[int]
@@ -82,7 +82,7 @@ class _Stopwatch:
 def run_plain(loaded: LoadedModel, prompt: Sequence[int], num_tokens: int) -> Run:
     """Run transformers' own cache; the prompt goes through the model at once, as in `generate`."""
     use_plain_attention(loaded.model)
-    _generate_plain(loaded.model, prompt, NUM_WARMUP_TOKENS)
+    _generate_plain(loaded.model, prompt[:NUM_WARMUP_PROMPT_TOKENS], NUM_WARMUP_TOKENS)
     return _generate_plain(loaded.model, prompt, num_tokens)
 
 
@@ -107,44 +107,68 @@ def _generate_plain(model: PreTrainedModel, prompt: Sequence[int], num_tokens: i
     return Run(token_ids, prefill, decode, sum(tensor.nbytes for tensor in tensors))
 
 
-def run_served(config: ServerConfig, loaded: LoadedModel, prompt: Sequence[int], num_tokens: int) -> Run:
-    """Run a server's engine with a cache for this one request.
+class ServedCache:
+    """Runs a server's engine, which is kept for requests that are no longer than one before.
 
-    Raises:
-        ModelLoadError: The model cannot be served so, or the memory is too small.
-        RequestFailedError: The memory was too small after all.
+    Args:
+        config: Of the server.
     """
-    length = len(prompt) + num_tokens
-    use_plain_attention(loaded.model)
-    manager = ModelManager(
-        config.model_copy(
-            update={"max_model_len": length, "max_num_seqs": 1, "enable_prefix_caching": False},
-        )
-    )
-    manager.load(loaded._replace(max_model_len=length))
-    try:
-        return asyncio.run(_generate_served(manager, loaded.model.device, list(prompt), num_tokens))
-    finally:
-        manager.unload()
+
+    def __init__(self, config: ServerConfig) -> None:
+        self._config = config
+        self._manager: ModelManager | None = None
+
+    def __call__(self, loaded: LoadedModel, prompt: Sequence[int], num_tokens: int) -> Run:
+        """Run a request.
+
+        Raises:
+            ModelLoadError: The model cannot be served so, or the memory is too small.
+            RequestFailedError: The memory was too small after all.
+        """
+        length = len(prompt) + num_tokens
+        if self._manager is None or self._manager.max_model_len < length:
+            self.close()
+            use_plain_attention(loaded.model)
+            update = {"max_model_len": length, "max_num_seqs": 1, "enable_prefix_caching": False}
+            manager = ModelManager(self._config.model_copy(update=update))
+            manager.load(loaded._replace(max_model_len=length))
+            self._manager = manager
+        return asyncio.run(_generate_served(self._manager, loaded.model.device, list(prompt), num_tokens))
+
+    def close(self) -> None:
+        """Stop the engine."""
+        if self._manager is not None:
+            self._manager.unload()
+            self._manager = None
 
 
 async def _generate_served(
     manager: ModelManager, device: torch.device, prompt: list[int], num_tokens: int
 ) -> Run:
-    await _answer(manager.engine, prompt, NUM_WARMUP_TOKENS, None)
+    await _answer(manager, prompt[:NUM_WARMUP_PROMPT_TOKENS], NUM_WARMUP_TOKENS, None)
     watch = _Stopwatch(device)
-    token_ids, (prefill, decode) = await _answer(manager.engine, prompt, num_tokens, watch)
-    return Run(token_ids, prefill, decode, manager.cache_bytes)
+    token_ids, laps, held_bytes = await _answer(manager, prompt, num_tokens, watch)
+    unused = manager.cache_bytes - held_bytes
+    prefill, decode = (
+        replace(lap, peak_bytes=None if lap.peak_bytes is None else lap.peak_bytes - unused) for lap in laps
+    )
+    return Run(token_ids, prefill, decode, held_bytes)
 
 
 async def _answer(
-    engine: AsyncEngine, prompt: list[int], num_tokens: int, watch: _Stopwatch | None
-) -> tuple[list[int], list[Lap]]:
+    manager: ModelManager, prompt: list[int], num_tokens: int, watch: _Stopwatch | None
+) -> tuple[list[int], list[Lap], int]:
+    """Return an answer, its laps, and the bytes of the cache that the request held just before its end."""
     token_ids: list[int] = []
     laps: list[Lap] = []
+    held_bytes = 0
     params = SamplingParams(max_tokens=num_tokens, temperature=0, ignore_eos=True)
-    async for output in engine.generate(prompt, params, f"{num_tokens} tokens"):
+    request_id = f"{len(prompt)} and {num_tokens} tokens"
+    async for output in manager.engine.generate(prompt, params, request_id):
         token_ids += output.token_ids
         if watch and len(token_ids) in (1, num_tokens):
             laps.append(watch.lap())
-    return token_ids, laps
+        state = manager.engine_state() if len(token_ids) == num_tokens - 1 else None
+        if state is not None:
+            held_bytes = state.usage.held_bytes
+    return token_ids, laps, held_bytes

@@ -11,7 +11,7 @@ import benchmark_kv
 import pytest
 import torch
 from benchmark_kv import LEGEND, caches, count_same, format_report, main, make_prompt, measure
-from kv_runs import Lap, Run, run_plain, run_served
+from kv_runs import Lap, Run, ServedCache, run_plain
 from tqdm import tqdm
 
 from turboquant_server.config import ServerConfig
@@ -52,18 +52,24 @@ def test_a_plain_run_gives_the_tokens_of_generate_and_counts_its_cache(tiny: Loa
 def test_a_served_run_gives_the_same_tokens_and_holds_no_more_than_one_request(tiny: LoadedModel) -> None:
     prompt = make_prompt(tiny, 400)
     plain = run_plain(tiny, prompt, NUM_TOKENS)
-    served = run_served(ServerConfig(kv_bits=(8, 8)), tiny, prompt, NUM_TOKENS)
+    cache = ServedCache(ServerConfig(kv_bits=(8, 8)))
+    served = cache(tiny, prompt, NUM_TOKENS)
+    shorter = cache(tiny, prompt[:300], NUM_TOKENS)  # by the same engine
+    cache.close()
     assert served.token_ids == plain.token_ids
     token_bytes = 2 * 2 * 2 * 64 * 4
     # There is room for 196 exact tokens and 4 blocks of 64, whose codes take a quarter, and norms and means.
     codes = 4 * 64 * token_bytes // 4
     assert 196 * token_bytes + codes < served.kv_bytes < 196 * token_bytes + 1.1 * codes
+    assert served.kv_bytes - shorter.kv_bytes == (served.kv_bytes - 196 * token_bytes) // 2
     assert run_plain(tiny, prompt, NUM_TOKENS).token_ids == plain.token_ids
 
 
 def test_a_server_without_compression_gives_the_same_tokens_and_takes_16_bits(tiny: LoadedModel) -> None:
     prompt = make_prompt(tiny, 400)
-    served = run_served(ServerConfig(kv_cache_dtype="bf16"), tiny, prompt, NUM_TOKENS)
+    cache = ServedCache(ServerConfig(kv_cache_dtype="bf16"))
+    served = cache(tiny, prompt, NUM_TOKENS)
+    cache.close()
     assert served.token_ids == run_plain(tiny, prompt, NUM_TOKENS).token_ids
     # The model is in float32; so are the 196 exact tokens, but not the 4 blocks.
     assert served.kv_bytes == (196 * 4 + 4 * 64 * 2) * 2 * 2 * 2 * 64
@@ -136,9 +142,9 @@ def test_rows_compare_each_cache_with_bf16_and_tell_what_failed(tiny: LoadedMode
 def test_each_cache_has_a_name_and_the_server_gets_its_type_and_bits() -> None:
     runs: dict[str, Any] = {**caches(ServerConfig(max_model_len=99), [4, 2], with_transformers=False)}
     assert list(runs) == ["bf16", "4 bits", "2 bits"]
-    settings = [(config.kv_cache_dtype, config.kv_bits) for config in (run.args[0] for run in runs.values())]
-    assert settings == [("bf16", None), ("turboquant", (4, 4)), ("turboquant", (2, 2))]
-    assert {(run.func, run.args[0].max_model_len) for run in runs.values()} == {(run_served, 99)}
+    configs = [run._config for run in runs.values()]
+    settings = [(config.kv_cache_dtype, config.kv_bits, config.max_model_len) for config in configs]
+    assert settings == [("bf16", None, 99), ("turboquant", (4, 4), 99), ("turboquant", (2, 2), 99)]
 
 
 def test_transformers_own_cache_is_run_on_demand_and_compared_with_the_servers() -> None:
