@@ -45,9 +45,9 @@ CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 QUICK_CONTEXTS = (512, 2048)
 NUM_TOKENS, NUM_QUICK_TOKENS = 64, 16  # of an answer
 LEGEND = """\
-context: tokens of prompt and answer. KV: what such a request holds of a cache; x: how many times as many bytes
-bf16's has, the same server without compression. Peaks: the most that tensors took of the GPU, weights included
-and unused cache not, while the prompt was read and while tokens were generated; a server reads it in steps,
+context: tokens of prompt and answer. KV: what such a request holds of a cache; x: how many times as much bf16
+holds, the same server without compression. Peaks: the most that tensors took of the GPU, with weights and
+without unused cache, while the prompt was read and while tokens were generated; a server reads it in steps,
 transformers at once. same: tokens like bf16's up to the first that differs. On a CPU a server reads bf16's
 blocks more slowly than codes: what codes cost in speed, only `transformers` tells there."""
 

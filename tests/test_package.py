@@ -130,19 +130,3 @@ def test_the_readme_example_of_the_cache_runs(
     answer, footprint = capsys.readouterr().out.splitlines()
     held, bf16 = (int(number.replace(",", "")) for number in re.findall(r"[\d,]{4,}", footprint))
     assert "271828" in answer and held < bf16 / 2
-
-
-def test_the_dockerfile_copies_what_exists_and_sets_what_is_read() -> None:
-    kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
-    copied = [
-        source
-        for line in re.findall(r"^COPY (?!--from)(.+)$", DOCKERFILE, re.MULTILINE)
-        for source in line.split()[:-1]
-    ]
-    assert copied and set(copied) == kept
-    assert all((ROOT / source).exists() for source in copied)
-    for name in re.findall(r"\bTURBOQUANT_(\w+)", DOCKERFILE):
-        assert name.lower() in ServerConfig.model_fields, name
-    assert re.findall(r"^EXPOSE (\d+)$", DOCKERFILE, re.MULTILINE) == [
-        str(ServerConfig.model_fields["port"].default)
-    ]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import Response
+from fastapi.responses import PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
 from turboquant_server import __version__
@@ -18,10 +18,18 @@ from turboquant_server.api.completion_request import CompletionRequest
 from turboquant_server.api.completions import create_completion
 from turboquant_server.api.door import HEALTH, METRICS, Door, DoorMiddleware
 from turboquant_server.api.errors import ErrorResponse, add_error_handlers, unavailable
+from turboquant_server.api.messages import count_tokens, create_message
+from turboquant_server.api.messages_error import MESSAGES, MessagesErrorResponse
+from turboquant_server.api.messages_models import Message, TokenCount
+from turboquant_server.api.messages_request import CountTokensRequest, MessagesRequest
 from turboquant_server.api.models import describe_model, list_models
+from turboquant_server.api.page import CHAT_PAGE, DOCS_PAGE, add_page
 from turboquant_server.api.prompts import PromptTokenizer
 from turboquant_server.api.request_id import HEADER
 from turboquant_server.api.response_models import ChatCompletion, Completion, ModelCard, ModelList
+from turboquant_server.api.responses import create_response, refuse_stored
+from turboquant_server.api.responses_models import ModelResponse
+from turboquant_server.api.responses_request import ResponsesRequest
 from turboquant_server.api.streaming import finish_streams_on_shutdown
 from turboquant_server.api.tokens import (
     Detokenized,
@@ -39,6 +47,10 @@ MAX_BODY_BYTES = 64 * 2**20
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse} for status in ("4XX", "5XX")
 }
+MESSAGES_RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"model": MessagesErrorResponse} for status in ERROR_RESPONSES
+}
+STREAM_RESPONSES: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 
 
 def build_app(model_manager: ModelManager) -> FastAPI:
@@ -48,7 +60,7 @@ def build_app(model_manager: ModelManager) -> FastAPI:
         model_manager: May still be loading; until it is ready, all paths of the API answer 503.
     """
     config = model_manager.config
-    app = FastAPI(title="TurboQuant server", version=__version__)
+    app = FastAPI(title="TurboQuant server", version=__version__, docs_url=None, redoc_url=None)
     app.state.door = Door(config)
     # The last one is the first to see a request.
     app.add_middleware(BodyLimitMiddleware, max_bytes=MAX_BODY_BYTES)
@@ -65,6 +77,9 @@ def build_app(model_manager: ModelManager) -> FastAPI:
     finish_streams_on_shutdown()
     _add_api(app, model_manager)
     _add_status(app, model_manager)
+    add_page(app, DOCS_PAGE, "docs.html")
+    if config.ui:
+        add_page(app, CHAT_PAGE, "index.html")
     return app
 
 
@@ -86,15 +101,33 @@ def _add_api(app: FastAPI, model_manager: ModelManager) -> None:
     prompt_tokenizer = PromptTokenizer(model_manager)
     router = APIRouter(dependencies=[Depends(check_ready)], responses=ERROR_RESPONSES)
 
-    @router.post("/v1/chat/completions", response_model=ChatCompletion)
+    @router.post("/v1/chat/completions", response_model=ChatCompletion, responses=STREAM_RESPONSES)
     async def chat_completions(
         body: ChatCompletionRequest, http_request: Request
     ) -> ChatCompletion | Response:
         return await create_chat_completion(model_manager, prompt_tokenizer, body, http_request)
 
-    @router.post("/v1/completions", response_model=Completion)
+    @router.post("/v1/completions", response_model=Completion, responses=STREAM_RESPONSES)
     async def completions(body: CompletionRequest, http_request: Request) -> Completion | Response:
         return await create_completion(model_manager, prompt_tokenizer, body, http_request)
+
+    @router.post(MESSAGES, response_model=Message, responses=MESSAGES_RESPONSES | STREAM_RESPONSES)
+    async def messages(body: MessagesRequest, http_request: Request) -> Message | Response:
+        return await create_message(model_manager, prompt_tokenizer, body, http_request)
+
+    @router.post(f"{MESSAGES}/count_tokens", responses=MESSAGES_RESPONSES)
+    async def message_tokens(body: CountTokensRequest) -> TokenCount:
+        return await count_tokens(model_manager, prompt_tokenizer, body)
+
+    @router.post("/v1/responses", response_model=ModelResponse, responses=STREAM_RESPONSES)
+    async def responses(body: ResponsesRequest, http_request: Request) -> ModelResponse | Response:
+        return await create_response(model_manager, prompt_tokenizer, body, http_request)
+
+    # Not in the document, because all that they do is to say why not.
+    @router.api_route("/v1/responses/{response_id}", methods=["GET", "DELETE"], include_in_schema=False)
+    @router.post("/v1/responses/{response_id}/cancel", include_in_schema=False)
+    async def stored_response(response_id: str) -> None:
+        refuse_stored(response_id)
 
     @router.get("/v1/models")
     async def models() -> ModelList:
@@ -131,7 +164,7 @@ def _add_status(app: FastAPI, model_manager: ModelManager) -> None:
     async def version() -> dict[str, str]:
         return {"version": __version__}
 
-    @app.get(METRICS)
+    @app.get(METRICS, response_class=PlainTextResponse)
     def metrics() -> Response:  # takes milliseconds, so not on the event loop
         text = model_manager.metrics.render(model_manager.engine_state(), with_aliases=config.vllm_metrics)
         return Response(text, headers={"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})

@@ -7,6 +7,7 @@ step that can come up is run on a small cache.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +18,7 @@ from turboquant_server.engine.detokenizer import Detokenizer
 from turboquant_server.engine.model_runner import ModelRunner
 from turboquant_server.engine.request import Request
 from turboquant_server.engine.sampler import SamplingRow, sample
-from turboquant_server.engine.sampling_params import SamplingParams
+from turboquant_server.engine.sampling_params import MAX_LOGPROBS, SamplingParams
 from turboquant_server.engine.scheduler import ScheduledRequest
 from turboquant_server.load_error import ModelLoadError
 from turboquant_server.memory import memory_budget, memory_in_use
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from turboquant_server.attention_check import ModelAttention
     from turboquant_server.config import ServerConfig
     from turboquant_server.engine.compiled_forward import CompiledForward
+
+logger = logging.getLogger(__name__)
 
 # Attention on the store reads the past in pieces: a past of more tokens takes no more scratch.
 MEASURED_PAST = 4096
@@ -130,24 +133,36 @@ def _measure_scratch(
     cache = open_manager(attention, small, caches_prefixes=False).open([0] * length, length)
     assert cache is not None and cache.extend(0, length + 1), "the cache has room for this request"
     runner = ModelRunner(model, store, states, is_paged=attention.is_paged, compiled=compiled)
-    # Sorting for top_p takes most.
-    params = SamplingParams(max_tokens=1, top_p=0.9)
+    # Sorting for top_p takes most, beside what penalties make of the logits.
+    params = SamplingParams(max_tokens=1, top_p=0.9, presence_penalty=1, repetition_penalty=2)
+    asking = SamplingParams(max_tokens=1, prompt_logprobs=MAX_LOGPROBS)
     tokens = [0] * (length + 1)
-    request = Request("largest step", tokens[:length], params, Detokenizer(tokenizer, tokens[:length]))
+    request, asking_request = (
+        Request("largest step", tokens[:length], wanted, Detokenizer(tokenizer, tokens[:length]))
+        for wanted in (params, asking)
+    )
     request.token_ids = tokens
     step = _last_step(cache, length, length if attention.one_shot else config.max_num_batched_tokens)
     torch.cuda.reset_peak_memory_stats(model.device)
     before = torch.cuda.memory_allocated(model.device)
     runner.forward([ScheduledRequest(request, step)], is_decode=False)
+    try:
+        runner.forward([ScheduledRequest(asking_request, step)], is_decode=False)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a model does that cannot be taken apart
+        logger.warning("requests for prompt_logprobs will fail: %s (%s)", error, type(error).__name__)
     prefill = torch.cuda.max_memory_allocated(model.device) - before
     torch.cuda.reset_peak_memory_stats(model.device)
     decode = ScheduledRequest(request, [Chunk(cache, length, length + 1, length)])
     logits = runner.forward([decode] * size.num_slots, is_decode=True)
-    sample(logits, [SamplingRow(params, 0, 0, length)] * size.num_slots)
-    decode_bytes = torch.cuda.max_memory_allocated(model.device) - before
-    # Graphs keep their memory.
+    # The table of `TokenCounts` stays once it has been made.
+    counts = torch.zeros(size.num_slots, logits.shape[-1], dtype=torch.int32, device=logits.device)
+    sample(logits, [SamplingRow(params, 0, 0, length)] * size.num_slots, counts)
+    decode_bytes = torch.cuda.max_memory_allocated(model.device) - before - counts.nbytes
+    # So do graphs.
     has_graphs = runner.can_capture and not config.enforce_eager
-    return prefill + decode_bytes if has_graphs else max(prefill, decode_bytes)
+    return counts.nbytes + (prefill + decode_bytes if has_graphs else max(prefill, decode_bytes))
 
 
 def _last_step(cache: RequestCache, num_prompt_tokens: int, max_num_batched_tokens: int) -> list[Chunk]:

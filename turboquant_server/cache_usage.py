@@ -22,12 +22,14 @@ class CacheUsage:
         held_bytes: Of blocks, codes, norms, means and padding, and of slots, be they full or not; a block
             that several requests share counts once.
         bf16_bytes: What the keys and values in them would take in bfloat16.
+        num_tokens: Of the layer group that holds most, those in slots included.
         num_exact_tokens: Tokens in slots, which are not compressed yet.
         share: Of the blocks of the layer group that has least left, 0 to 1.
     """
 
     held_bytes: int
     bf16_bytes: int
+    num_tokens: int
     num_exact_tokens: int
     share: float
 
@@ -63,6 +65,7 @@ def measure_usage(size: CacheSize, manager: CacheManager, running: Sequence[Requ
     return CacheUsage(
         held_bytes=_total(num_held, size.block_bytes) + num_slots * size.exact_bytes,
         bf16_bytes=bf16_bytes + _total(num_made, size.bf16_block_bytes),
+        num_tokens=BLOCK_SIZE * max(num_made, default=0) + num_exact,
         num_exact_tokens=num_exact,
         share=max(shares, default=0.0),
     )

@@ -20,10 +20,12 @@ class DoorConfig(BaseModel):
     api_key: Annotated[tuple[Text, ...], NoDecode] = Field(
         (),
         repr=False,
-        description="one or more keys, of which clients must send one: all paths but /health ask for it; "
-        "better given by the variable or the file, because others see a command line (default: none)",
+        description="one or more keys, of which clients must send one: all paths but /health and the pages "
+        "ask for it; better given by the variable or the file, because others see a command line "
+        "(default: none)",
     )
     public_metrics: bool = Field(False, description="serve /metrics without a key, too")
+    ui: bool = Field(True, description="serve a page at /, to chat with the model and watch the server")
     allowed_origins: Annotated[tuple[Text, ...], NoDecode] = Field(
         (),
         description="origins of web pages that may call the server from a browser, such as "
@@ -45,6 +47,13 @@ class DoorConfig(BaseModel):
         allow_inf_nan=False,
         description="most seconds from a request's arrival to the end of its answer; then it ends with an "
         "error (default: no limit)",
+    )
+    sse_keep_alive_interval: float = Field(
+        15,
+        ge=0,
+        allow_inf_nan=False,
+        description="seconds from one comment in a stream to the next, which keep proxies from cutting it "
+        "while no token comes; 0 sends none",
     )
     shutdown_timeout: int = Field(
         30,

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 PREFIX = "turboquant:"
 ALIAS_PREFIX = "vllm:"
 LABELS = ("model_name", "engine")
-OWN_NAMES = ("kv_bytes_compressed", "kv_bytes_bf16_equivalent", "kv_bits_per_value", "kv_residual_tokens")
+OWN_NAMES = (
+    *("kv_bytes_compressed", "kv_bytes_bf16_equivalent", "kv_bits_per_value", "kv_residual_tokens"),
+    *("kv_held_tokens", "kv_capacity_tokens", "kv_bf16_capacity_tokens"),
+)
 END_REASONS = ("stop", "length", "abort", "timeout", "error")
 # vLLM's buckets, so that its dashboards show ours.
 FIRST_TOKEN_SECONDS = (
@@ -48,6 +51,8 @@ class EngineState:
     num_waiting: int
     num_preemptions: int
     usage: CacheUsage
+    num_capacity_tokens: int
+    num_bf16_capacity_tokens: int
     cache_config: dict[str, str]
 
 
@@ -137,8 +142,8 @@ class Metrics(Observer):
         num_tokens = num_prompt_tokens = num_cached_tokens = 0
         for output in outputs:
             record = self._records.get(output.request_id)
-            if record is None or not isinstance(output, RequestOutput):
-                continue
+            if record is None or not isinstance(output, RequestOutput) or not output.token_ids:
+                continue  # among them those that tell how much of a prompt has been read
             num_tokens += len(output.token_ids)
             if record.first_token is None:
                 num_prompt_tokens += output.num_prompt_tokens
@@ -196,7 +201,14 @@ class Metrics(Observer):
             ("kv_bytes_compressed", "Bytes of the cache that requests hold.", usage.held_bytes),
             ("kv_bytes_bf16_equivalent", "What the same would take in bfloat16.", usage.bf16_bytes),
             ("kv_bits_per_value", "Bits that a held number takes, all told.", usage.bits_per_value),
+            ("kv_held_tokens", "Tokens of the cache that requests hold.", usage.num_tokens),
             ("kv_residual_tokens", "Held tokens that are not compressed.", usage.num_exact_tokens),
+            ("kv_capacity_tokens", "Tokens that fit into the cache.", state.num_capacity_tokens),
+            (
+                "kv_bf16_capacity_tokens",
+                "Those that would fit into its memory in bfloat16.",
+                state.num_bf16_capacity_tokens,
+            ),
         ]
         for name, text, value in gauges:
             gauge = GaugeMetricFamily(PREFIX + name, text, labels=LABELS)

@@ -190,6 +190,8 @@ class ModelManager:
             num_waiting=engine.num_waiting,
             num_preemptions=engine.num_preemptions,
             usage=measure_usage(size, manager, engine.running),
+            num_capacity_tokens=size.num_tokens,
+            num_bf16_capacity_tokens=size.num_bf16_tokens,
             cache_config={
                 "block_size": str(BLOCK_SIZE),
                 "cache_dtype": self._config.kv_cache_dtype,

@@ -17,6 +17,7 @@ import architectures
 import httpx
 import pytest
 import uvicorn
+from anthropic import Anthropic
 from openai import OpenAI
 
 from turboquant_server import cache_plan
@@ -172,6 +173,13 @@ def server(tiny_model_dir: Path) -> Iterator[RunningServer]:
 def client(server: RunningServer) -> Iterator[OpenAI]:
     """OpenAI's SDK, talking to the server."""
     with OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0, timeout=TIMEOUT) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def anthropic_client(server: RunningServer) -> Iterator[Anthropic]:
+    """Anthropic's SDK, talking to the server."""
+    with Anthropic(base_url=server.url, api_key="unused", max_retries=0, timeout=TIMEOUT) as client:
         yield client
 
 

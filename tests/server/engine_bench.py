@@ -45,6 +45,25 @@ class RecordingModel:
         self.fail: Callable[[torch.Tensor], None] = lambda position_ids: None
         self.spoil: Callable[[torch.Tensor, torch.Tensor], None] = lambda input_ids, logits: None
 
+    def __copy__(self) -> RecordingModel:
+        twin = object.__new__(RecordingModel)
+        twin.__dict__ = {**self.__dict__, "model": copy.copy(self.model)}
+        return twin
+
+    def get_input_embeddings(self) -> Any:
+        return self.model.get_input_embeddings()
+
+    def named_modules(self) -> Any:
+        return self.model.named_modules()
+
+    @property
+    def _modules(self) -> dict[str, Any]:
+        return self.model._modules
+
+    @_modules.setter
+    def _modules(self, modules: dict[str, Any]) -> None:
+        self.model._modules = modules
+
     def __call__(
         self,
         *,

@@ -43,7 +43,7 @@ def tensor_bytes(size: CacheSize, model: PreTrainedModel, attention: ModelAttent
     store, states = build_store(attention, layers, size, model.dtype, model.device)
     runner = ModelRunner(model, store, states, is_paged=attention.is_paged)
     cache = open_manager(attention, size, caches_prefixes=False).open([1], 1)
-    request = SimpleNamespace(token_ids=[1], num_tokens=1)
+    request = SimpleNamespace(token_ids=[1], num_tokens=1, scores_prompt=False)
     chunk = SimpleNamespace(cache=cache, start=0, end=1, num_prompt_tokens=1, num_tokens=1)
     runner.forward([ScheduledRequest(request, [chunk])], is_decode=False)  # type: ignore[arg-type, list-item]
     kept = [*store.records.values(), *(tensor for pair in store.exact.values() for tensor in pair)]
@@ -183,15 +183,18 @@ def test_the_scratch_is_that_of_the_largest_step_and_of_all_slots(
     config = ServerConfig(max_num_seqs=3)
     size = divide_memory(GIB, attention, layers, model.dtype, max_model_len, config)
     steps: list[tuple[bool, list[list[tuple[int, int]]]]] = []
+    asked: list[int | None] = []
     rows: list[int] = []
 
     def forward(self: ModelRunner, scheduled: list[ScheduledRequest], *, is_decode: bool) -> torch.Tensor:
         steps.append((is_decode, [[(chunk.start, chunk.end) for chunk in item.chunks] for item in scheduled]))
         assert all(item.request.num_tokens > item.chunks[-1].start for item in scheduled)
+        asked.append(scheduled[0].request.sampling_params.prompt_logprobs)
+        assert scheduled[0].request.scores_prompt == (asked[-1] is not None)
         return torch.zeros(len(scheduled), 128)
 
     monkeypatch.setattr(ModelRunner, "forward", forward)
-    monkeypatch.setattr(cache_memory, "sample", lambda logits, parameters: rows.append(len(parameters)))
+    monkeypatch.setattr(cache_memory, "sample", lambda logits, some, counts: rows.append(len(some)))
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1000)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 1234)
@@ -199,9 +202,27 @@ def test_the_scratch_is_that_of_the_largest_step_and_of_all_slots(
         config, model, tiny_tokenizer, attention, layers, size, max_model_len, None
     )
     end = chunks[-1][1]
-    assert measured == 234
-    assert steps == [(False, [chunks]), (True, [[(end, end + 1)]] * 3)]
-    assert rows == [3]
+    # The counts of all slots' tokens, four bytes each, stay beside whatever is in use.
+    counts = 3 * 128 * 4
+    assert measured == max(234, 234 - counts) + counts
+    assert steps == [(False, [chunks])] * 2 + [(True, [[(end, end + 1)]] * 3)]
+    assert (asked, rows) == ([None, 20, None], [3])
+
+
+def test_a_model_that_cannot_tell_of_prompts_is_served_all_the_same(
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, attention, layers = prepared("llama", tiny_tokenizer)
+    size = divide_memory(MIB, attention, layers, model.dtype, MAX_MODEL_LEN, ServerConfig())
+    monkeypatch.setattr(model, "get_input_embeddings", lambda: None)
+    for function in ("reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, function, lambda device: 0)
+    cache_memory._measure_scratch(
+        ServerConfig(), model, tiny_tokenizer, attention, layers, size, MAX_MODEL_LEN, None
+    )
+    assert "requests for prompt_logprobs will fail" in caplog.text
 
 
 def test_the_largest_step_really_runs(
@@ -234,4 +255,4 @@ def test_what_does_not_fit_into_the_cache_is_not_measured(
     for function in ("reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"):
         monkeypatch.setattr(torch.cuda, function, lambda device: 0)
     cache_memory._measure_scratch(ServerConfig(), model, tiny_tokenizer, attention, layers, size, 2**20, None)
-    assert ends == [longest - 1, longest]
+    assert ends == [longest - 1, longest - 1, longest]

@@ -75,7 +75,7 @@ def test_the_count_is_that_of_all_block_tables(data: st.DataObject) -> None:
                 running += [fork] if fork.cache is not None else []
 
     held_bytes = bf16_bytes = num_exact = 0
-    shares = []
+    shares, num_written = [], []
     for group, token_bytes in enumerate(TOKEN_BYTES):
         held: set[int] = set()
         written: set[int] = set()
@@ -90,6 +90,7 @@ def test_the_count_is_that_of_all_block_tables(data: st.DataObject) -> None:
         held_bytes += len(held) * SIZE.block_bytes[group]
         bf16_bytes += len(written) * 64 * token_bytes
         shares.append(len(held) / NUM_BLOCKS[group])
+        num_written.append(len(written))
     for request in running:
         num_tokens = request.num_computed_tokens
         exact = num_tokens - 64 * TIMELINE.num_blocks(num_tokens, request.num_prompt_tokens)
@@ -98,6 +99,7 @@ def test_the_count_is_that_of_all_block_tables(data: st.DataObject) -> None:
     usage = measure_usage(SIZE, manager, running)
     assert usage.held_bytes == held_bytes + len(running) * SIZE.exact_bytes
     assert (usage.bf16_bytes, usage.num_exact_tokens) == (bf16_bytes, num_exact)
+    assert usage.num_tokens == 64 * max(num_written) + num_exact
     assert usage.share == pytest.approx(max(shares))
     assert usage.bits_per_value == (16 * usage.held_bytes / bf16_bytes if bf16_bytes else None)
 

@@ -37,8 +37,9 @@ def test_the_defaults_serve_the_demo_model_to_this_machine_only() -> None:
     )
     assert (config.ssl_certfile, config.ssl_keyfile, config.vllm_metrics) == (None, None, False)
     assert (config.max_num_queued_requests, config.request_timeout) == (None, None)
-    assert (config.shutdown_timeout, config.step_timeout) == (30, 120)
+    assert (config.sse_keep_alive_interval, config.shutdown_timeout, config.step_timeout) == (15, 30, 120)
     assert config.enforce_eager is False
+    assert config.ui is True
     assert config.trust_remote_code is False
 
 
@@ -163,6 +164,8 @@ def test_variables_are_read_as_their_field_says(
         {"max_num_queued_requests": 0},
         {"request_timeout": 0},
         {"request_timeout": "nan"},
+        {"sse_keep_alive_interval": -1},
+        {"sse_keep_alive_interval": "inf"},
         {"shutdown_timeout": -1},
         {"step_timeout": 0},
         {"colour": "red"},

@@ -34,7 +34,7 @@ KEYS = ("first-key", "schlüssel-ключ")
 CHAT = "/v1/chat/completions"
 CHAT_BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
 PATHS = (
-    *("/v1/models", "/v1/models/tiny", "/version", "/metrics", "/docs", "/openapi.json", "/nothing"),
+    *("/v1/models", "/v1/models/tiny", "/version", "/metrics", "/openapi.json", "/nothing"),
     *(CHAT, "/v1/completions", "/tokenize", "/detokenize"),
 )
 

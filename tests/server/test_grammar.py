@@ -14,8 +14,10 @@ from tiny_tokenizer import build_tokenizer
 from tokenizers import AddedToken
 
 from turboquant_server.engine import grammar as grammar_module
-from turboquant_server.engine.grammar import GrammarCompiler, GrammarError, GrammarKind, Matcher, Reasoning
+from turboquant_server.engine.grammar import GrammarCompiler, GrammarError, GrammarKind, Matcher
 from turboquant_server.engine.token_masks import compute_masks, keep_allowed
+from turboquant_server.parsing.layout import Layout
+from turboquant_server.parsing.reasoning import Marks
 
 TOKENIZER = build_tokenizer()
 VOCAB_SIZE = 310  # more than the tokenizer has, as in many models, and no multiple of a word
@@ -284,6 +286,6 @@ def test_reasoning_comes_before_what_follows_the_grammar(
         tokenizer.add_tokens(marks, special_tokens=special)
     compiler = GrammarCompiler(tokenizer, VOCAB_SIZE, EOS)
     for is_open, fits in ((True, fits_open), (False, fits_closed)):
-        reasoning = Reasoning("<think>", "</think>", is_open)
-        matcher = compiler.compile(GrammarKind.JSON_SCHEMA, json.dumps(OBJECT), reasoning).open()
+        layout = Layout(reasoning=Marks("<think>", "</think>", is_open))
+        matcher = compiler.compile(GrammarKind.JSON_SCHEMA, json.dumps(OBJECT), layout).open()
         assert takes(matcher, text, tokenizer) is fits

@@ -42,7 +42,6 @@ ONLY_CHAT: dict[str, tuple[Any, Any]] = {
     "chat_template": ("{{ 1 }}", None),
     "documents": ([{"text": "a"}], []),
     "echo": (True, False),
-    "include_reasoning": (False, True),
     "mm_processor_kwargs": ({"a": 1}, {}),
     "thinking_token_budget": (5, None),
 }

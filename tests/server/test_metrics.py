@@ -13,6 +13,7 @@ import pytest
 from held_steps import held_steps
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
+from scrape import Scrape
 
 from turboquant_server.cache_size import TIMELINE
 from turboquant_server.engine.request import FinishReason, RequestFailedError, RequestOutput
@@ -35,29 +36,6 @@ VLLM_NAMES = {
     *("request_prompt_tokens", "request_generation_tokens", "iteration_tokens_total", "request_params_n"),
     *("request_params_max_tokens", "cache_config_info"),
 }
-
-
-class Scrape:
-    """The samples of one response, by name and labels."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-        self.samples = {
-            (sample.name.removeprefix(PREFIX), frozenset(sample.labels.items())): sample.value
-            for family in text_string_to_metric_families(text)
-            for sample in family.samples
-        }
-
-    def __getitem__(self, name: str) -> float:
-        """Return the sum of the samples of a name, without or with one of its labels: ``name{value}``."""
-        name, _, label = name.rstrip("}").partition("{")
-        found = [
-            value
-            for (key, labels), value in self.samples.items()
-            if key == name and (not label or label in dict(labels).values())
-        ]
-        assert found, name
-        return sum(found)
 
 
 def scrape(server: Any) -> Scrape:
@@ -182,9 +160,12 @@ def test_waiting_and_running_requests_and_what_they_hold_are_counted(
         assert num_tokens >= 1800
         assert metrics["kv_bytes_bf16_equivalent"] == num_tokens * BF16_BYTES
         assert metrics["kv_bytes_compressed"] == held_bytes
+        assert metrics["kv_held_tokens"] == num_tokens
         assert metrics["kv_bits_per_value"] == 16 * held_bytes / (num_tokens * BF16_BYTES)
         assert metrics["kv_residual_tokens"] == num_tokens - 64 * num_made
         assert metrics["kv_cache_usage_perc"] == num_made / num_blocks
+        assert metrics["kv_capacity_tokens"] == 64 * num_blocks + 2 * TIMELINE.num_exact
+        assert metrics["kv_bf16_capacity_tokens"] == store.num_bytes // BF16_BYTES
         held.let_go()
         assert [future.result().status_code for future in futures] == [200] * 3
 
@@ -284,6 +265,18 @@ def test_every_choice_ends_once_however_it_ends() -> None:
         ends = {name: scraped[f"request_success_total{{{name}}}"] for name in END_REASONS}
         assert ends == {**dict.fromkeys(END_REASONS, 0), "stop": 1, reason: 2}
         assert scraped["generation_tokens_total"] == 2
+
+
+def test_progress_of_a_prompt_is_no_token() -> None:
+    metrics = Metrics("m")
+    metrics.arrived("r", SamplingParams(max_tokens=5))
+    for num_read in (3, 5):
+        metrics.stepped([RequestOutput("r", "", [], 5, 0, None, num_computed_tokens=num_read)])
+    assert metrics._records["r"].first_token is None
+    metrics.stepped([output(0)])
+    scraped = Scrape(metrics.render(None, with_aliases=False).decode())
+    assert (scraped["prompt_tokens_total"], scraped["generation_tokens_total"]) == (5, 1)
+    assert scraped["inter_token_latency_seconds_count"] == 0
 
 
 def test_counting_a_step_of_256_requests_takes_less_than_three_milliseconds() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from engine_bench import Bench, greedy, text_of, tokens_of
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers.modeling_outputs import BaseModelOutput
 
 from turboquant_server.engine.request import FinishReason, RequestFailedError, RequestOutput
 from turboquant_server.engine.sampling_params import SamplingParams
@@ -20,19 +21,35 @@ EOS = tuple(range(2, 300, 30))
 MAX_MODEL_LEN = 400
 
 
-class HashModel:
+class HashBody(torch.nn.Module):
+    """Hash each token and its position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embeddings = torch.nn.Embedding(1, 1)
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> BaseModelOutput:
+        assert input_ids.min() >= 0
+        states = (input_ids * 7919 + position_ids * 104729) % 997
+        return BaseModelOutput(last_hidden_state=states[:, :, None])
+
+
+class HashModel(torch.nn.Module):
     """Stand in for a model: logits that are those of a token at a position, to the bit in any batch."""
 
     def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.logits = 2 * torch.randn(997, 300, generator=generator)
+        super().__init__()
+        self.body = HashBody()
+        self.logits = 2 * torch.randn(997, 300, generator=torch.Generator().manual_seed(0))
 
-    def __call__(
+    def get_input_embeddings(self) -> torch.nn.Module:
+        return self.body.embeddings
+
+    def forward(
         self, *, input_ids: torch.Tensor, position_ids: torch.Tensor, logits_to_keep: Any, **options: Any
     ) -> Any:
-        assert input_ids.min() >= 0
-        logits = self.logits[(input_ids * 7919 + position_ids * 104729) % 997]
-        return SimpleNamespace(logits=logits[:, logits_to_keep])
+        states = self.body(input_ids, position_ids).last_hidden_state
+        return SimpleNamespace(logits=self.logits[states[:, logits_to_keep, 0]])
 
 
 @pytest.fixture
@@ -58,6 +75,7 @@ def random_adjustments(draw: random.Random) -> dict[str, Any]:
         "include_stop": True,
         "min_tokens": 1,
         "logprobs": draw.choice([0, 3, 20]),
+        "prompt_logprobs": draw.choice([0, 2]),
     }
     return {name: some[name] for name in some if draw.random() < 0.4} if draw.random() < 0.5 else {}
 

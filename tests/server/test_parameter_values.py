@@ -37,9 +37,14 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"top_logprobs": 3}, "top_logprobs"),
     (COMPLETIONS, {"logprobs": 21}, "logprobs"),
     (COMPLETIONS, {"logprobs": True}, "logprobs"),
-    (COMPLETIONS, {"logprobs": 1, "echo": True}, "echo"),
     (COMPLETIONS, {"best_of": 2}, "best_of"),
-    (COMPLETIONS, {"prompt_logprobs": 1}, "prompt_logprobs"),
+    (COMPLETIONS, {"prompt_logprobs": 21}, "prompt_logprobs"),
+    (COMPLETIONS, {"prompt_logprobs": -1}, "prompt_logprobs"),
+    (COMPLETIONS, {"prompt_logprobs": True}, "prompt_logprobs"),
+    (COMPLETIONS, {"prompt_logprobs": 0, "stream": True}, "prompt_logprobs"),
+    (CHAT, {"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
+    (COMPLETIONS, {"max_tokens": 0}, "max_tokens"),
+    (COMPLETIONS, {"max_tokens": -1, "echo": True}, "max_tokens"),
     (CHAT, {"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
 ]
 

@@ -94,6 +94,7 @@ def test_every_field_reaches_the_sampler() -> None:
         "include_stop_str_in_output": True,
         "seed": 5,
         "n": 3,
+        "prompt_logprobs": 4,
     }
     expected = SamplingParams(
         max_tokens=9,
@@ -112,6 +113,7 @@ def test_every_field_reaches_the_sampler() -> None:
         seed=5,
         n=3,
         logprobs=2,
+        prompt_logprobs=4,
     )
     plain = CompletionRequest.model_validate({"prompt": "a", "logprobs": 2, **fields})
     talk = ChatCompletionRequest.model_validate(

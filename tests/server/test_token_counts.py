@@ -32,7 +32,7 @@ def reference(request: Request, newest: list[int]) -> list[int]:
 @pytest.mark.parametrize("seed", range(8))
 def test_requests_that_come_go_wait_and_move_are_counted_right(seed: int) -> None:
     draw = random.Random(seed)
-    counts = TokenCounts(torch.device("cpu"))
+    counts = TokenCounts(torch.device("cpu"), 12)
     slots: dict[int, Request] = {}
     away: list[Request] = []  # preempted ones, which come back to any slot
     for _ in range(60):
@@ -67,9 +67,10 @@ def test_requests_that_come_go_wait_and_move_are_counted_right(seed: int) -> Non
             ]
 
 
-def test_a_slot_takes_memory_only_once_it_is_needed() -> None:
-    counts = TokenCounts(torch.device("cpu"))
+def test_the_table_takes_no_memory_until_it_is_needed_and_then_what_was_planned() -> None:
+    counts = TokenCounts(torch.device("cpu"), 5)
     assert counts.table.numel() == 0
-    request = Request("r", [1, 2], PENALIZED, cast(Any, None))
-    counts.update([scheduled(request, 0)], torch.tensor([0]), VOCAB_SIZE)
-    assert counts.table.shape == (1, VOCAB_SIZE)
+    for slot in (0, 4, 2):
+        request = Request("r", [1, 2], PENALIZED, cast(Any, None))
+        counts.update([scheduled(request, slot)], torch.tensor([0]), VOCAB_SIZE)
+        assert counts.table.shape == (5, VOCAB_SIZE)

@@ -1,4 +1,7 @@
-"""Tools and reasoning as OpenAI's SDK sees them, through a real server whose engine answers from a script."""
+"""Tools and reasoning as OpenAI's SDK sees them, through a real server whose engine answers from a script.
+
+More than 300 lines: the helpers at the top are for all of them.
+"""
 
 from __future__ import annotations
 
@@ -170,20 +173,34 @@ def test_without_parallel_calls_each_answer_has_one(client: OpenAI, engine: Scri
     assert [len(choice.message.tool_calls or ()) for choice in choices] == [2] * n
 
 
-@pytest.mark.parametrize(
-    "choice",
-    ["required", {"type": "function", "function": {"name": "get_weather"}}, {"type": "allowed_tools"}],
-    ids=str,
-)
-def test_a_call_that_must_be_is_refused_with_the_reason(http: httpx.Client, choice: Any) -> None:
-    response = http.post(CHAT, json={"messages": [USER], "tools": [WEATHER], "tool_choice": choice})
-    error = response.json()["error"]
-    assert (response.status_code, error["param"], error["code"]) == (
-        400,
-        "tool_choice",
-        "unsupported_parameter",
-    )
-    assert "cannot make the model call a tool" in error["message"] and "auto" in error["message"]
+def test_a_call_that_the_request_has_named_ends_as_stop(client: OpenAI, engine: ScriptedEngine) -> None:
+    named: Any = {"type": "function", "function": {"name": "get_weather"}}
+    for choice, finish_reason in (("required", "tool_calls"), (named, "stop")):
+        answer = whole(ask(client, engine, CALL, tool_choice=choice))
+        assert (len(answer[0]["calls"]), answer[1]) == (1, finish_reason)
+        assert join(stream(client, engine, CALL, tool_choice=choice)) == answer
+
+
+def test_only_the_tools_that_are_allowed_are_offered(
+    client: OpenAI, engine: ScriptedEngine, server: Any
+) -> None:
+    other = {"type": "function", "function": {"name": "other"}}
+    allowed = {"mode": "auto", "tools": [{"type": "function", "function": {"name": "other"}}]}
+    choice: Any = {"type": "allowed_tools", "allowed_tools": allowed}
+    message, _ = whole(ask(client, engine, "No.", tools=[WEATHER, other], tool_choice=choice))
+    assert message["content"] == "No."
+    assert "get_weather" not in engine.prompt(server.model_manager)
+    assert '"name": "other"' in engine.prompt(server.model_manager)
+
+
+def test_reasoning_may_be_left_out_but_counts(client: OpenAI, engine: ScriptedEngine) -> None:
+    silent: Any = {"extra_body": {"include_reasoning": False}}
+    completion = ask(client, engine, f"{THOUGHT}Yes.", **silent)
+    message, _ = answer = whole(completion)
+    assert (message["content"], message["reasoning"]) == ("Yes.", "")
+    assert join(stream(client, engine, f"{THOUGHT}Yes.", **silent)) == answer
+    told = ask(client, engine, f"{THOUGHT}Yes.", extra_body={"include_reasoning": True})
+    assert whole(told)[0]["reasoning"] and told.usage == completion.usage
 
 
 @pytest.mark.parametrize(
@@ -199,10 +216,14 @@ def test_a_call_that_must_be_is_refused_with_the_reason(http: httpx.Client, choi
         ),
         ({"tools": 3}, "tools"),
         ({"tool_choice": "any"}, "tool_choice"),
+        ({"tool_choice": {"type": "custom"}}, "tool_choice.type"),
+        ({"tool_choice": {"type": "function", "function": {}}}, "tool_choice.function.name"),
+        ({"include_reasoning": "no"}, "include_reasoning"),
         ({"parallel_tool_calls": "no"}, "parallel_tool_calls"),
         ({"reasoning_effort": "huge"}, "reasoning_effort"),
         ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs.tools"),
         ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs.tokenize"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages"),
     ],
     ids=str,
 )

@@ -21,14 +21,18 @@ from turboquant_server.api.generation import (
     count_usage,
     generate,
 )
+from turboquant_server.api.prompt_report import report_prompt
 from turboquant_server.api.response_models import (
     ChatCompletion,
     ChatCompletionChoice,
     ChatCompletionChunk,
+    ChatFinishReason,
     ChunkChoice,
 )
 from turboquant_server.api.streaming import stream_events
+from turboquant_server.api.timings import measure_timings, prompt_progress
 from turboquant_server.api.token_report import ChatTokenReport
+from turboquant_server.engine.request import FinishReason
 
 if TYPE_CHECKING:
     from turboquant_server.api.prompts import PromptTokenizer
@@ -56,7 +60,8 @@ async def create_chat_completion(
     outputs = generate(model_manager, [chat.prompt], response_id)
     if body.stream:
         template = ChatCompletionChunk(id=response_id, created=created, model=chat.model, choices=[])
-        return stream_events(_stream_chunks(outputs, template, body, choices, prompt_token_ids))
+        chunks = _stream_chunks(outputs, template, body, choices, prompt_token_ids)
+        return stream_events(chunks, model_manager.config.sse_keep_alive_interval)
     await collect(outputs, answers, http_request)
     return ChatCompletion(
         id=response_id,
@@ -66,13 +71,17 @@ async def create_chat_completion(
             ChatCompletionChoice(
                 index=index,
                 message=join_deltas(answer.take_deltas()),
-                finish_reason=answer.chat_finish_reason,
+                finish_reason=_finish_reason(answer, body),
                 **await report.take(answer),
             )
             for index, (answer, report) in enumerate(choices)
         ],
+        prompt_logprobs=await report_prompt(
+            body, prompt_tokenizer, chat.prompt.token_ids, answers[0].prompt_logprobs
+        ),
         prompt_token_ids=prompt_token_ids,
         usage=count_usage(answers, len(answers)),
+        timings=measure_timings(answers, len(answers)) if body.timings_per_token else None,
     )
 
 
@@ -92,14 +101,23 @@ async def _stream_chunks(
         prompt_token_ids = None
     async with aclosing(outputs):
         async for index, output in outputs:
+            if progress := prompt_progress(output):
+                yield chunk(choices=[ChunkChoice(index=index, delta={})], prompt_progress=progress)
+                continue
             answer, report = choices[index]
             answer.add(output)
             for delta in answer.take_deltas():
                 told = await report.take(answer)
                 yield chunk(choices=[ChunkChoice(index=index, delta=delta, **told)])
-            if answer.chat_finish_reason is not None:
+            if (finish_reason := _finish_reason(answer, body)) is not None:
                 told = await report.take(answer)
-                end = ChunkChoice(index=index, delta={}, finish_reason=answer.chat_finish_reason, **told)
+                end = ChunkChoice(index=index, delta={}, finish_reason=finish_reason, **told)
                 yield chunk(choices=[end])
     if body.include_usage:
         yield chunk(usage=count_usage(answers, len(answers)))
+
+
+def _finish_reason(answer: ChatAnswer, body: ChatCompletionRequest) -> ChatFinishReason | None:
+    """Return why an answer ended. As with OpenAI, a call that the request has named is not told here."""
+    reason = answer.chat_finish_reason
+    return FinishReason.STOP if reason == "tool_calls" and body.named_tool is not None else reason

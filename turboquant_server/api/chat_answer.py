@@ -28,11 +28,13 @@ class ChatAnswer(Answer):
     Args:
         parser: Of this answer.
         num_prompt_tokens: Of what it continues.
+        has_reasoning: Reasoning is told; otherwise it only counts.
     """
 
-    def __init__(self, parser: AnswerParser, num_prompt_tokens: int) -> None:
+    def __init__(self, parser: AnswerParser, num_prompt_tokens: int, *, has_reasoning: bool = True) -> None:
         super().__init__(num_prompt_tokens=num_prompt_tokens)
         self._parser = parser
+        self._has_reasoning = has_reasoning
         self._deltas: list[ChoiceDelta] = []
         self._num_calls = 0
 
@@ -60,7 +62,8 @@ class ChatAnswer(Answer):
         if isinstance(event, Content):
             yield {"content": event.text}
         elif isinstance(event, Reasoning):
-            yield {"reasoning": event.text, "reasoning_content": event.text}
+            if self._has_reasoning:
+                yield {"reasoning": event.text, "reasoning_content": event.text}
         else:
             index, self._num_calls = self._num_calls, self._num_calls + 1
             call_id = f"call_{uuid.uuid4().hex[:24]}"

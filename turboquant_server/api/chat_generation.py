@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from turboquant_server.api.chat_answer import ChatAnswer
+from turboquant_server.api.chat_grammar import find_chat_grammar
 from turboquant_server.api.conversation import check_conversation
 from turboquant_server.api.errors import invalid_request
 from turboquant_server.api.generation import Prompt, check_vocabulary, make_prompt
 from turboquant_server.api.models import resolve_model
-from turboquant_server.api.structured_output import find_grammar
 
 if TYPE_CHECKING:
     from turboquant_server.api.chat_request import ChatCompletionRequest
-    from turboquant_server.api.prompts import PromptTokenizer
+    from turboquant_server.api.prompts import ChatPrompt, PromptTokenizer
     from turboquant_server.model_manager import ModelManager
 
 
@@ -25,6 +25,29 @@ class ChatGeneration:
     model: str
     prompt: Prompt
     answers: list[ChatAnswer]
+
+
+async def write_chat(
+    model_manager: ModelManager, prompt_tokenizer: PromptTokenizer, body: ChatCompletionRequest
+) -> ChatPrompt:
+    """Check a conversation and write it with the model's template.
+
+    Raises:
+        ApiError: It does not fit together, or the template does not take it (400).
+    """
+    tools = body.offered_tools
+    check_conversation(body.messages)
+    _check_tool_choice(body)
+    if tools and not model_manager.chat_format.has_tools:
+        message = "Invalid 'tools': this model's chat template takes no tools."
+        raise invalid_request(message, "tools", "unsupported_parameter")
+    return await prompt_tokenizer.tokenize_chat(
+        body.messages,
+        tools=tools,
+        template_kwargs=body.template_kwargs,
+        add_generation_prompt=body.add_generation_prompt is not False and not body.continue_final_message,
+        continue_final_message=bool(body.continue_final_message),
+    )
 
 
 async def prepare_chat(
@@ -42,19 +65,9 @@ async def prepare_chat(
     """
     model = resolve_model(model_manager, body.model)
     chat_format, tools = model_manager.chat_format, body.offered_tools
-    check_conversation(body.messages)
-    if tools and not chat_format.has_tools:
-        message = "Invalid 'tools': this model's chat template takes no tools."
-        raise invalid_request(message, "tools", "unsupported_parameter")
     check_vocabulary(body, model_manager.engine.vocab_size)
-    chat = await prompt_tokenizer.tokenize_chat(
-        body.messages,
-        tools=tools,
-        template_kwargs=body.template_kwargs,
-        add_generation_prompt=body.add_generation_prompt is not False and not body.continue_final_message,
-        continue_final_message=bool(body.continue_final_message),
-    )
-    grammar = await find_grammar(model_manager, body, chat_format.find_reasoning(chat.text))
+    chat = await write_chat(model_manager, prompt_tokenizer, body)
+    grammar, calls = await find_chat_grammar(model_manager, body, chat.text)
     prompt = make_prompt(
         body,
         chat.token_ids,
@@ -65,10 +78,27 @@ async def prepare_chat(
         grammar=grammar,
     )
     max_calls = 1 if body.parallel_tool_calls is False else None
-    if grammar is not None:
+    if grammar is not None and calls is None:
         tools = None  # what looks like a call is part of the answer that was asked for
     answers = [
-        ChatAnswer(chat_format.open(chat.text, tools, max_calls), len(chat.token_ids))
+        ChatAnswer(
+            chat_format.open(chat.text, tools, max_calls, calls),
+            len(chat.token_ids),
+            has_reasoning=body.include_reasoning is not False,
+        )
         for _ in range(body.n or 1)
     ]
     return ChatGeneration(model, prompt, answers)
+
+
+def _check_tool_choice(body: ChatCompletionRequest) -> None:
+    """Check that there are the tools of which the request wants a call.
+
+    Raises:
+        ApiError: They are not (400).
+    """
+    if body.must_call and not body.tools:
+        raise invalid_request("Invalid 'tool_choice': there are no tools.", "tool_choice", "invalid_value")
+    if unknown := body.callable_names - {tool.function.name for tool in body.tools or ()}:
+        message = f"Invalid 'tool_choice': none of the tools has the name {min(unknown)!r}."
+        raise invalid_request(message, "tool_choice", "invalid_value")

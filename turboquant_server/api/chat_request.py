@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-from turboquant_server.api.generation_request import GenerationRequest
+from turboquant_server.api.generation_request import CompletionsRequest
 from turboquant_server.api.request_model import RequestModel, Text, only
 from turboquant_server.engine.sampling_params import MAX_LOGPROBS
 
@@ -95,7 +95,7 @@ class FunctionDefinition(RequestModel):
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
     description: Text | None = None
     parameters: dict[str, Any] | None = None
-    # Taken as a wish: nothing makes the model keep to the schema.
+    # A wish, where the model may also answer without a call: nothing makes it keep to the schema then.
     strict: bool | None = None
 
 
@@ -106,27 +106,52 @@ class Tool(RequestModel):
     function: FunctionDefinition
 
 
-def _check_tool_choice(choice: object) -> object:
-    if choice == "required" or isinstance(choice, dict):
-        raise PydanticCustomError(
-            "unsupported_parameter",
-            "This server cannot make the model call a tool; give auto, or none for an answer without calls",
-        )
-    if choice not in (None, "none", "auto"):
-        raise PydanticCustomError("invalid_value", "Input should be none or auto")
-    return choice
+class FunctionName(RequestModel):
+    """The name of a function that is to be called."""
+
+    name: Text
 
 
-class ChatCompletionRequest(GenerationRequest):
+class NamedTool(RequestModel):
+    """A tool that is to be called."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+class AllowedTools(RequestModel):
+    """Some of the tools, and whether one must be called."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(min_length=1, fail_fast=True)]
+
+
+class AllowedToolsChoice(RequestModel):
+    """Only some of the tools may be called."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+class ChatCompletionRequest(CompletionsRequest):
     """The body of POST /v1/chat/completions."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"messages": [{"role": "user", "content": "Where is the harbour?"}], "max_tokens": 32}
+            ]
+        }
+    )
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
-    tool_choice: Annotated[Any, AfterValidator(_check_tool_choice)] = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedToolsChoice | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    include_reasoning: bool | None = None
 
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -140,7 +165,6 @@ class ChatCompletionRequest(GenerationRequest):
     echo: Annotated[Any, only(False)] = None
     functions: Annotated[Any, only([])] = None
     function_call: Annotated[Any, only("none", "auto")] = None
-    include_reasoning: Annotated[Any, only(True)] = None
     mm_processor_kwargs: Annotated[Any, only({})] = None
     modalities: Annotated[Any, only(["text"])] = None
     thinking_token_budget: Annotated[Any, only()] = None
@@ -169,10 +193,36 @@ class ChatCompletionRequest(GenerationRequest):
 
     @property
     def offered_tools(self) -> list[dict[str, Any]] | None:
-        """The tools as they were given; None if the model may call none."""
+        """The tools that the model is told of, as they were given; None if it may call none."""
         if not self.tools or self.tool_choice == "none":
             return None
-        return [tool.model_dump(exclude_unset=True, exclude_none=True) for tool in self.tools]
+        allowed = self.callable_names if isinstance(self.tool_choice, AllowedToolsChoice) else None
+        return [
+            tool.model_dump(exclude_unset=True, exclude_none=True)
+            for tool in self.tools
+            if allowed is None or tool.function.name in allowed
+        ]
+
+    @property
+    def callable_names(self) -> set[str]:
+        """The names of the functions that an answer may call."""
+        if isinstance(self.tool_choice, AllowedToolsChoice):
+            return {tool.function.name for tool in self.tool_choice.allowed_tools.tools}
+        if self.named_tool is not None:
+            return {self.named_tool}
+        return set() if self.tool_choice == "none" else {tool.function.name for tool in self.tools or ()}
+
+    @property
+    def named_tool(self) -> str | None:
+        """The one function that an answer must call, if the request names it."""
+        return self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+
+    @property
+    def must_call(self) -> bool:
+        """Whether an answer must be a call."""
+        choice = self.tool_choice
+        mode = choice.allowed_tools.mode if isinstance(choice, AllowedToolsChoice) else choice
+        return mode == "required" or isinstance(choice, NamedTool)
 
     @property
     def template_kwargs(self) -> dict[str, Any]:

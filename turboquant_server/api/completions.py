@@ -6,12 +6,14 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import TYPE_CHECKING, NamedTuple, cast
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from fastapi import Request
 from fastapi.responses import Response
 
 from turboquant_server.api.completion_request import CompletionRequest
+from turboquant_server.api.errors import invalid_request
 from turboquant_server.api.generation import (
     Answer,
     Outputs,
@@ -23,11 +25,14 @@ from turboquant_server.api.generation import (
     make_prompt,
 )
 from turboquant_server.api.models import resolve_model
+from turboquant_server.api.prompt_report import report_prompt
 from turboquant_server.api.prompts import check_token_ids
-from turboquant_server.api.response_models import Completion, CompletionChoice
+from turboquant_server.api.response_models import Completion, CompletionChoice, CompletionLogprobs
 from turboquant_server.api.streaming import stream_events
 from turboquant_server.api.structured_output import find_grammar
+from turboquant_server.api.timings import measure_timings, prompt_progress
 from turboquant_server.api.token_report import CompletionTokenReport
+from turboquant_server.engine.request import FinishReason
 
 if TYPE_CHECKING:
     from turboquant_server.api.prompts import PromptTokenizer
@@ -51,12 +56,28 @@ class _Prompt(NamedTuple):
 
 
 class _Answer(Answer):
-    """An answer, the prompt that it continues and what is told of its tokens."""
+    """An answer, the prompt that it continues and what is told of their tokens."""
 
     def __init__(self, prompt: _Prompt, report: CompletionTokenReport) -> None:
         super().__init__(num_prompt_tokens=len(prompt.token_ids))
         self.prompt = prompt
-        self.report = report
+        self._report = report
+
+    async def take(self) -> dict[str, Any]:
+        """Return what is to be told of the tokens that are new, as fields of a choice."""
+        return await self._report.take(self)
+
+    async def echo(self, body: CompletionRequest, first: Answer) -> CompletionLogprobs | None:
+        """Return what is told of the prompt as if it were a part of the answer; to be called before `take`.
+
+        Args:
+            body: Says whether it is.
+            first: The first answer to this prompt.
+        """
+        if not body.echoes_logprobs:
+            return None
+        text, token_ids = self.prompt.text, self.prompt.token_ids
+        return await self._report.take_prompt(text, token_ids, first.prompt_logprobs, body.logprobs or 0)
 
 
 async def create_completion(
@@ -72,18 +93,23 @@ async def create_completion(
         ClientDisconnect: The client has left before the answers were complete.
     """
     model = resolve_model(model_manager, body.model)
-    max_tokens = body.max_tokens or DEFAULT_MAX_TOKENS
+    max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    if not (max_tokens or body.echo):
+        message = "Invalid 'max_tokens': 0 may be given only together with echo=true."
+        raise invalid_request(message, "max_tokens", "invalid_value")
     vocab_size = model_manager.engine.vocab_size
     check_vocabulary(body, vocab_size)
     grammar = await find_grammar(model_manager, body)
     tokenized = await _tokenize(body, prompt_tokenizer, vocab_size)
     prompts = [
-        make_prompt(body, token_ids, max_tokens, model_manager.max_model_len, param, grammar=grammar)
+        make_prompt(body, token_ids, max_tokens or 1, model_manager.max_model_len, param, grammar=grammar)
         for param, _, token_ids in tokenized
     ]
     response_id = f"cmpl-{uuid.uuid4().hex}"
     template = Completion(id=response_id, created=int(time.time()), model=model, choices=[])
     outputs = generate(model_manager, prompts, response_id)
+    if not max_tokens:
+        outputs = _without_answers(outputs)
     num_choices = body.n or 1
     answers = [
         _Answer(prompt, CompletionTokenReport(body, prompt_tokenizer))
@@ -91,19 +117,45 @@ async def create_completion(
         for _ in range(num_choices)
     ]
     if body.stream:
-        return stream_events(_stream_chunks(outputs, template, body, answers))
+        chunks = _stream_chunks(outputs, template, body, answers)
+        return stream_events(chunks, model_manager.config.sse_keep_alive_interval)
     await collect(outputs, answers, http_request)
-    choices = [
-        CompletionChoice(
+    choices = []
+    for index, answer in enumerate(answers):
+        first = answers[index - index % num_choices]
+        echoed, told = await answer.echo(body, first), await answer.take()
+        if echoed is not None:
+            told["logprobs"] = echoed.followed_by(told.get("logprobs"))
+        choice = CompletionChoice(
             index=index,
             text=(answer.prompt.text if body.echo else "") + answer.text,
             finish_reason=answer.finish_reason,
+            prompt_logprobs=await report_prompt(
+                body, prompt_tokenizer, answer.prompt.token_ids, first.prompt_logprobs
+            ),
             prompt_token_ids=answer.prompt.token_ids if body.return_token_ids else None,
-            **await answer.report.take(answer),
+            **told,
         )
-        for index, answer in enumerate(answers)
-    ]
-    return template.model_copy(update={"choices": choices, "usage": count_usage(answers, num_choices)})
+        choices.append(choice)
+    timings = measure_timings(answers, num_choices) if body.timings_per_token else None
+    usage = count_usage(answers, num_choices)
+    return template.model_copy(update={"choices": choices, "usage": usage, "timings": timings})
+
+
+async def _without_answers(outputs: Outputs) -> Outputs:
+    """Take back the token of each answer, because the engine generates at least one."""
+    nothing: dict[str, Any] = {
+        "text": "",
+        "token_ids": [],
+        "num_output_tokens": 0,
+        "logprobs": (),
+        "stop_string": None,
+    }
+    async with aclosing(outputs):
+        async for index, output in outputs:
+            if output.finish_reason is not None:
+                output = replace(output, finish_reason=FinishReason.LENGTH, **nothing)
+            yield index, output
 
 
 async def _tokenize(
@@ -142,30 +194,37 @@ async def _stream_chunks(
     """Yield what each step adds, as JSON, the last of each answer with its end; then the usage, if wanted."""
     num_choices = body.n or 1
     chunk = chunk_writer(template, body, answers, num_choices)
-    if body.echo or body.return_token_ids:
-        for index, answer in enumerate(answers):
-            yield chunk(choices=[_opening(index, answer.prompt, body)])
+    has_openings = body.echo or body.return_token_ids
     async with aclosing(outputs):
         async for index, output in outputs:
+            if progress := prompt_progress(output):
+                choice = CompletionChoice(index=index, text="", finish_reason=None)
+                yield chunk(choices=[choice], prompt_progress=progress)
+                continue
             answer = answers[index]
             answer.add(output)
+            # The first token of a prompt's first choice comes before all others.
+            if index % num_choices == 0 and output.num_output_tokens <= 1:
+                for place in range(index, index + num_choices) if has_openings else ():
+                    yield chunk(choices=[await _opening(place, answers[place], answer, body)])
             if output.text or output.finish_reason is not None:
                 choice = CompletionChoice(
                     index=index,
                     text=output.text,
                     finish_reason=output.finish_reason,
-                    **await answer.report.take(answer),
+                    **await answer.take(),
                 )
                 yield chunk(choices=[choice])
     if body.include_usage:
         yield chunk(usage=count_usage(answers, num_choices))
 
 
-def _opening(index: int, prompt: _Prompt, body: CompletionRequest) -> CompletionChoice:
-    """Return what a stream tells of an answer's prompt."""
+async def _opening(index: int, answer: _Answer, first: Answer, body: CompletionRequest) -> CompletionChoice:
+    """Return what a stream tells of an answer's prompt, once the first answer to it has begun."""
     return CompletionChoice(
         index=index,
-        text=prompt.text if body.echo else "",
+        text=answer.prompt.text if body.echo else "",
+        logprobs=await answer.echo(body, first),
         finish_reason=None,
-        prompt_token_ids=prompt.token_ids if body.return_token_ids else None,
+        prompt_token_ids=answer.prompt.token_ids if body.return_token_ids else None,
     )

@@ -9,6 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from turboquant_server.api.api_keys import ApiKeys
 from turboquant_server.api.errors import ApiError, unavailable
+from turboquant_server.api.page import CHAT_PAGE, DOCS_PAGE
 from turboquant_server.api.request_id import HEADER, choose_request_id, current_request_id
 
 if TYPE_CHECKING:
@@ -33,7 +34,11 @@ class Door:
         self.is_closing = False
         self.num_inside = 0
         self._keys = ApiKeys(config.api_key)
-        self._public_paths = {HEALTH, METRICS} if config.public_metrics else {HEALTH}
+        self._public_paths = {HEALTH, DOCS_PAGE}
+        if config.public_metrics:
+            self._public_paths.add(METRICS)
+        if config.ui:
+            self._public_paths.add(CHAT_PAGE)
 
     def refuse(self, scope: Scope) -> ApiError | None:
         """Return why a request does not get in, if so."""
@@ -71,7 +76,7 @@ class DoorMiddleware:
 
         error = self._door.refuse(scope)
         if error is not None:
-            await error.response(scope, receive, send_with_id)
+            await error.response(scope["path"])(scope, receive, send_with_id)
             return
         self._door.num_inside += 1
         try:

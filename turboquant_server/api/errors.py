@@ -1,4 +1,7 @@
-"""Every refusal and failure as ``{"error": {"message", "type", "param", "code"}}``, OpenAI's error body."""
+"""Every refusal and failure as ``{"error": {"message", "type", "param", "code"}}``, OpenAI's error body.
+
+Where the path is Anthropic's, the body is.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,10 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from turboquant_server.api.messages_error import is_messages_path, to_messages_error
 from turboquant_server.api.request_id import HEADER, current_request_id
 from turboquant_server.engine.async_engine import EngineDeadError
-from turboquant_server.engine.request import RequestFailedError, RequestTimeoutError
+from turboquant_server.engine.request import GrammarFailedError, RequestFailedError, RequestTimeoutError
 
 RETRY_LATER = {"Retry-After": "5"}  # seconds
 STATUS_CLIENT_CLOSED_REQUEST = 499  # nginx's number; nobody is left to read it
@@ -69,6 +73,14 @@ class ApiError(Exception):
         self.code = code
         self.headers = headers
 
+    def renamed(self, names: Mapping[str, str]) -> ApiError:
+        """Return the error with these fields called something else."""
+        message = self.message
+        for name, new_name in names.items():
+            message = message.replace(f"'{name}'", f"'{new_name}'")
+        param = self.param and names.get(self.param, self.param)
+        return ApiError(self.status_code, message, param=param, code=self.code, headers=self.headers)
+
     @property
     def body(self) -> ErrorResponse:
         """The error body."""
@@ -79,10 +91,10 @@ class ApiError(Exception):
         )
         return ErrorResponse(error=ErrorDetail(message=message or "", type=kind, param=param, code=self.code))
 
-    @property
-    def response(self) -> Response:
-        """The error as an HTTP response."""
-        return JSONResponse(self.body.model_dump(), self.status_code, headers=self.headers)
+    def response(self, path: str) -> Response:
+        """Return the error as an HTTP response, with the body that the API of this path has."""
+        body: BaseModel = to_messages_error(self) if is_messages_path(path) else self.body
+        return JSONResponse(body.model_dump(), self.status_code, headers=self.headers)
 
 
 def invalid_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
@@ -110,6 +122,8 @@ def to_api_error(error: Exception) -> ApiError:
     if isinstance(error, RequestTimeoutError):
         # OpenAI's clients would send it again, to wait as long once more.
         return ApiError(504, str(error), code="request_timeout", headers={"x-should-retry": "false"})
+    if isinstance(error, GrammarFailedError):
+        return invalid_request(str(error), code="grammar_too_complex")
     if isinstance(error, RequestFailedError):
         return ApiError(500, str(error))
     return ApiError(500, "The server had an error while it worked on this request; its log has the details.")
@@ -119,18 +133,18 @@ def add_error_handlers(app: FastAPI) -> None:
     """Make every error that leaves ``app`` an OpenAI error body."""
 
     async def handle_error(request: Request, error: Exception) -> Response:
-        response = to_api_error(error).response
+        response = to_api_error(error).response(request.url.path)
         # Nobody foresaw some of them; those pass no middleware, which would add it.
         response.headers[HEADER] = current_request_id.get()
         return response
 
     async def handle_validation_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return _from_validation_error(error, request).response
+        return _from_validation_error(error, request).response(request.url.path)
 
     async def handle_http_exception(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return _from_http_exception(error, request).response
+        return _from_http_exception(error, request).response(request.url.path)
 
     async def handle_disconnect(request: Request, error: Exception) -> Response:
         return Response(status_code=STATUS_CLIENT_CLOSED_REQUEST)
@@ -144,12 +158,20 @@ def add_error_handlers(app: FastAPI) -> None:
 
 def _from_http_exception(error: HTTPException, request: Request) -> ApiError:
     messages = {
-        400: "The body of this request cannot be read as JSON.",  # FastAPI's only other use of 400
+        400: f"The body of this request {_why_unreadable(error)}.",  # FastAPI's only other use of 400
         404: f"Unknown URL: {request.method} {request.url.path}",
         405: f"{request.method} is not allowed on {request.url.path}",
     }
     message = messages.get(error.status_code, error.detail)
     return ApiError(error.status_code, message, headers=error.headers)
+
+
+def _why_unreadable(error: HTTPException) -> str:
+    if isinstance(error.__cause__, UnicodeDecodeError):
+        return "is not valid UTF-8"
+    if isinstance(error.__cause__, RecursionError):
+        return "is nested too deeply"
+    return "cannot be read as JSON"  # one of its numbers has thousands of digits
 
 
 def _from_validation_error(error: RequestValidationError, request: Request) -> ApiError:
@@ -195,8 +217,10 @@ class _Finding:
         self.path: list[str | int] = []
         node = body
         # pydantic's location also names the branches of unions, which the body does not have.
-        for key in finding["loc"][1:]:
-            if isinstance(node, dict) and (key in node or self.kind == "missing"):
+        places = finding["loc"][1:]
+        for depth, key in enumerate(places, 1):
+            is_missing = self.kind == "missing" and depth == len(places)
+            if isinstance(node, dict) and (key in node or is_missing):
                 node = node.get(key)
             elif isinstance(node, list) and isinstance(key, int):
                 node = node[key]

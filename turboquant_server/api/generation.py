@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
@@ -12,10 +12,11 @@ from pydantic import BaseModel
 from starlette.requests import ClientDisconnect, Request
 
 from turboquant_server.api.errors import invalid_request, queue_full
-from turboquant_server.api.generation_request import GenerationRequest
+from turboquant_server.api.generation_request import CompletionsRequest, GenerationRequest
 from turboquant_server.api.prompts import check_token_ids
 from turboquant_server.api.response_models import CompletionUsage, PromptTokensDetails
 from turboquant_server.api.streaming import format_chunk
+from turboquant_server.api.timings import measure_timings
 from turboquant_server.engine.request import FinishReason, RequestOutput
 from turboquant_server.engine.sampling_params import SamplingParams
 
@@ -46,8 +47,14 @@ class Answer:
     num_cached_tokens: int = 0
     num_output_tokens: int = 0
     finish_reason: FinishReason | None = None
+    stop_string: str | None = None
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: Sequence[TokenLogprobs | None] = ()
+    # In seconds of time.monotonic: when the first step began, and the first and the newest token came.
+    start_time: float = 0.0
+    first_time: float | None = None
+    last_time: float = 0.0
 
     def add(self, output: RequestOutput) -> None:
         """Append what one step has added."""
@@ -56,8 +63,13 @@ class Answer:
         self.num_cached_tokens = output.num_cached_tokens
         self.num_output_tokens = output.num_output_tokens
         self.finish_reason = output.finish_reason
+        self.stop_string = output.stop_string
         self.token_ids += output.token_ids
         self.logprobs += output.logprobs
+        self.prompt_logprobs = self.prompt_logprobs or output.prompt_logprobs
+        self.start_time, self.last_time = output.start_time, output.time
+        if self.first_time is None:
+            self.first_time = output.time
 
     def take_tokens(self) -> tuple[list[int], list[TokenLogprobs]]:
         """Return the tokens that have come since this was called before, and what is known of them."""
@@ -67,7 +79,7 @@ class Answer:
 
 
 def make_prompt(
-    body: GenerationRequest,
+    body: CompletionsRequest,
     token_ids: list[int],
     max_tokens: int | None,
     max_model_len: int,
@@ -121,6 +133,8 @@ def make_prompt(
         include_stop=bool(body.include_stop_str_in_output),
         ignore_eos=bool(body.ignore_eos),
         logprobs=body.num_logprobs,
+        prompt_logprobs=body.num_prompt_logprobs,
+        reports_progress=bool(body.stream and body.return_progress),
         skipped_token_ids=skipped_token_ids,
         grammar=grammar,
     )
@@ -201,8 +215,6 @@ async def _join(requests: list[AsyncGenerator[RequestOutput, None]], num_choices
 async def collect(outputs: Outputs, answers: Sequence[Answer], http_request: Request) -> None:
     """Fill all answers, as long as the client waits.
 
-    Nothing cancels the function that answers a request when its client leaves, so this waits for both.
-
     Raises:
         ClientDisconnect: The client has left; the requests are aborted.
     """
@@ -212,19 +224,31 @@ async def collect(outputs: Outputs, answers: Sequence[Answer], http_request: Req
             async for index, output in outputs:
                 answers[index].add(output)
 
+    await while_client_waits(read(), http_request)
+
+
+async def while_client_waits(work: Coroutine[None, None, None], http_request: Request) -> None:
+    """Do something as long as the client waits for it.
+
+    Nothing cancels the function that answers a request when its client leaves, so this waits for both.
+
+    Raises:
+        ClientDisconnect: The client has left; the work is cancelled.
+    """
+
     async def wait_for_disconnect() -> None:
         while (await http_request.receive())["type"] != "http.disconnect":
             pass
 
-    reading = asyncio.create_task(read())
+    working = asyncio.create_task(work)
     leaving = asyncio.create_task(wait_for_disconnect())
     try:
-        await asyncio.wait((reading, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if not reading.done():
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
             raise ClientDisconnect
-        reading.result()
+        working.result()
     finally:
-        reading.cancel()
+        working.cancel()
         leaving.cancel()
 
 
@@ -244,12 +268,13 @@ def count_usage(answers: Sequence[Answer], num_choices: int) -> CompletionUsage:
 
 
 def chunk_writer(
-    template: BaseModel, body: GenerationRequest, answers: Sequence[Answer], num_choices: int
+    template: BaseModel, body: CompletionsRequest, answers: Sequence[Answer], num_choices: int
 ) -> Callable[..., str]:
-    """Return what gives a template fields and makes it JSON, with the usage so far if that is wanted."""
+    """Return what gives a template fields and makes it JSON, with usage and timings so far if wanted."""
 
     def write(**fields: object) -> str:
         usage = count_usage(answers, num_choices) if body.continuous_usage else None
-        return format_chunk(template, body.include_usage, **{"usage": usage, **fields})
+        timings = measure_timings(answers, num_choices) if body.timings_per_token else None
+        return format_chunk(template, body.include_usage, **{"usage": usage, "timings": timings, **fields})
 
     return write

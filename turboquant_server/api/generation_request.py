@@ -8,6 +8,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from turboquant_server.api.request_model import RequestModel, Text, only
+from turboquant_server.engine.sampling_params import MAX_LOGPROBS
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_TOKEN_IDS = 128
@@ -169,3 +170,24 @@ class GenerationRequest(RequestModel):
     def num_logprobs(self) -> int | None:
         """How many of the likeliest tokens to report beside each token; None reports no log-probability."""
         raise NotImplementedError
+
+
+class CompletionsRequest(GenerationRequest):
+    """The fields of the two endpoints of completions, chat and plain, of what is told beside an answer."""
+
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    # llama.cpp's
+    timings_per_token: bool | None = None
+    return_progress: bool | None = None
+
+    @field_validator("prompt_logprobs")
+    @classmethod
+    def _check_prompt_logprobs(cls, count: int | None, info: ValidationInfo) -> int | None:
+        if count is not None and info.data.get("stream"):
+            raise PydanticCustomError("with_stream", "It may not be given together with stream=true")
+        return count
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """The same as `num_logprobs` of the prompt's tokens."""
+        return self.prompt_logprobs

@@ -6,6 +6,7 @@ import asyncio
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from turboquant_server.api.chat_request import ChatMessage
@@ -44,8 +45,12 @@ class PromptTokenizer:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
 
     async def tokenize_text(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Return the tokens of ``text``, with those that the model wants at its start."""
-        return await self._run(_tokenize, text, add_special_tokens)
+        """Return the tokens of ``text``, with those that the model wants at its start.
+
+        Raises:
+            ApiError: The text is far too long for the model (400).
+        """
+        return await self._run(self._tokenize, text, add_special_tokens, "prompt")
 
     async def tokenize_chat(
         self,
@@ -69,7 +74,8 @@ class PromptTokenizer:
                 writes itself.
 
         Raises:
-            ApiError: The model has no chat template, or it refuses this conversation (400).
+            ApiError: The model has no chat template, or it refuses this conversation, or this is far too
+                long for the model (400).
         """
         has_text_arguments = self._model_manager.chat_format.has_text_arguments
         options = {
@@ -77,9 +83,12 @@ class PromptTokenizer:
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": continue_final_message,
         }
-        return await self._run(
-            _tokenize_chat, messages, has_text_arguments, options, template_kwargs or {}, add_special_tokens
-        )
+
+        def tokenize(tokenizer: PreTrainedTokenizerBase) -> ChatPrompt:
+            text = _render_chat(tokenizer, messages, has_text_arguments, options, template_kwargs or {})
+            return ChatPrompt(text, self._tokenize(tokenizer, text, add_special_tokens, "messages"))
+
+        return await self._run(tokenize)
 
     async def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of tokens, special ones included."""
@@ -94,6 +103,25 @@ class PromptTokenizer:
         if unknown := set(token_ids) - self._spellings.keys():
             self._spellings |= await self._run(spell_tokens, sorted(unknown))
         return self._spellings
+
+    def _tokenize(
+        self, tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool, param: str
+    ) -> list[int]:
+        # A text of 60 MB would take minutes, in which nobody else's is tokenized.
+        max_model_len = self._model_manager.max_model_len
+        if len(text) > max_model_len * self._max_token_length:
+            message = (
+                f"This model's maximum context length is {max_model_len} tokens. However, your prompt has "
+                f"{len(text)} characters, more than so many tokens can stand for. Please shorten the prompt."
+            )
+            raise invalid_request(message, param, "context_length_exceeded")
+        # verbose=False: no warning about long texts, which are refused with an error of their own.
+        return list(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
+
+    @cached_property
+    def _max_token_length(self) -> int:
+        """The characters of the longest token's name, which has at least as many as its text."""
+        return max(map(len, self._model_manager.tokenizer.get_vocab()))
 
     async def _run(self, function: Callable[..., Result], *args: object) -> Result:
         loop = asyncio.get_running_loop()
@@ -120,22 +148,17 @@ def _name_tokens(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -
     return list(tokenizer.convert_ids_to_tokens(list(token_ids)))
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool) -> list[int]:
-    # verbose=False: no warning about long texts, which are refused with an error of their own.
-    return list(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
-
-
-def _tokenize_chat(
+def _render_chat(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[ChatMessage],
     has_text_arguments: bool,
     options: Mapping[str, Any],
     template_kwargs: Mapping[str, Any],
-    add_special_tokens: bool,
-) -> ChatPrompt:
+) -> str:
     if not tokenizer.chat_template:
         raise invalid_request("This model has no chat template; use /v1/completions instead.")
-    for name in inspect.signature(tokenizer.apply_chat_template).parameters.keys() & template_kwargs.keys():
+    taken = inspect.signature(tokenizer.apply_chat_template).parameters.keys() | {"messages"}
+    for name in taken & template_kwargs.keys():
         param = f"chat_template_kwargs.{name}"
         raise invalid_request(f"Invalid '{param}': it is no variable of templates.", param, "invalid_value")
     conversation = to_template(messages, str(tokenizer.chat_template), has_text_arguments)
@@ -145,7 +168,7 @@ def _tokenize_chat(
     except Exception as error:  # templates fail in many ways, and clients choose their variables
         message = f"The model's chat template does not take these messages: {error}"
         raise invalid_request(message, "messages") from error
-    return ChatPrompt(text, _tokenize(tokenizer, text, add_special_tokens))
+    return text
 
 
 def _render(

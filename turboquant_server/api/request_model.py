@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Annotated, ClassVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, BaseModel, ConfigDict, GetPydanticSchema, model_validator
+from pydantic_core import PydanticCustomError, core_schema
 from typing_extensions import Self
 
 logger = logging.getLogger(__name__)
@@ -18,21 +18,25 @@ MAX_LOGGED_LENGTH = 100
 _logged_fields: set[str] = set()
 
 
-def only(*values: object) -> AfterValidator:
-    """Refuse a field that this server does not support, unless it asks for nothing.
+def only(*values: object, reason: str = "This server does not support this parameter") -> GetPydanticSchema:
+    """Refuse a field that this server does not support, unless it asks for nothing; the OpenAPI says so.
 
     Args:
         values: What may be given, besides null, because it means the same as leaving the field out.
+        reason: What to tell who gives something else.
     """
 
     def check(value: object) -> object:
         # True == 1, but n=true is a mistake.
         is_allowed = any(value == one and isinstance(value, bool) is isinstance(one, bool) for one in values)
         if value is not None and not is_allowed:
-            raise PydanticCustomError("unsupported_parameter", "This server does not support this parameter")
+            raise PydanticCustomError("unsupported_parameter", reason)
         return value
 
-    return AfterValidator(check)
+    return GetPydanticSchema(
+        lambda source, handler: core_schema.no_info_after_validator_function(check, handler(source)),
+        lambda schema, handler: {"enum": [None, *values]},
+    )
 
 
 def _check_unicode(text: str) -> str:

@@ -87,9 +87,56 @@ class CompletionLogprobs(BaseModel):
     """What is told of a plain answer's tokens, those included that end it; offsets are in characters."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    # Null for the first of a prompt, which nothing comes before.
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
+
+    def followed_by(self, others: CompletionLogprobs | None) -> CompletionLogprobs:
+        """Return what is told of these tokens and others."""
+        if others is None:
+            return self
+        return CompletionLogprobs(
+            tokens=self.tokens + others.tokens,
+            token_logprobs=self.token_logprobs + others.token_logprobs,
+            top_logprobs=self.top_logprobs + others.top_logprobs,
+            text_offset=self.text_offset + others.text_offset,
+        )
+
+
+class PromptLogprob(TypedDict):
+    """How likely a token was at its place in a prompt, and how many were as likely or likelier."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+# Of each token of a prompt, by their ids: its own and the likeliest; null for the first. vLLM's shape.
+PromptLogprobs: TypeAlias = list[dict[int, PromptLogprob] | None]
+
+
+class Timings(BaseModel):
+    """How many tokens were read, found and generated, and how fast; llama.cpp's names."""
+
+    cache_n: int
+    prompt_n: int
+    prompt_ms: float
+    prompt_per_token_ms: float
+    prompt_per_second: float
+    predicted_n: int
+    predicted_ms: float
+    predicted_per_token_ms: float
+    predicted_per_second: float
+
+
+class PromptProgress(BaseModel):
+    """How much of a prompt has been read, what was found included; llama.cpp's names."""
+
+    total: int
+    cache: int
+    processed: int
+    time_ms: int
 
 
 class ChatCompletionChoice(BaseModel):
@@ -110,8 +157,10 @@ class ChatCompletion(BaseModel):
     created: int
     model: str
     choices: list[ChatCompletionChoice]
+    prompt_logprobs: PromptLogprobs | None = Field(default=None, exclude_if=_is_none)
     prompt_token_ids: list[int] | None = Field(default=None, exclude_if=_is_none)
     usage: CompletionUsage
+    timings: Timings | None = Field(default=None, exclude_if=_is_none)
 
 
 class FunctionCallDelta(TypedDict, total=False):
@@ -160,6 +209,8 @@ class ChatCompletionChunk(BaseModel):
     choices: list[ChunkChoice]
     prompt_token_ids: list[int] | None = Field(default=None, exclude_if=_is_none)
     usage: CompletionUsage | None = None
+    timings: Timings | None = Field(default=None, exclude_if=_is_none)
+    prompt_progress: PromptProgress | None = Field(default=None, exclude_if=_is_none)
 
 
 class CompletionChoice(BaseModel):
@@ -169,6 +220,7 @@ class CompletionChoice(BaseModel):
     text: str
     logprobs: CompletionLogprobs | None = None
     token_ids: list[int] | None = Field(default=None, exclude_if=_is_none)
+    prompt_logprobs: PromptLogprobs | None = Field(default=None, exclude_if=_is_none)
     prompt_token_ids: list[int] | None = Field(default=None, exclude_if=_is_none)
     finish_reason: FinishReason | None
 
@@ -182,6 +234,8 @@ class Completion(BaseModel):
     model: str
     choices: list[CompletionChoice]
     usage: CompletionUsage | None = None
+    timings: Timings | None = Field(default=None, exclude_if=_is_none)
+    prompt_progress: PromptProgress | None = Field(default=None, exclude_if=_is_none)
 
 
 class ModelCard(BaseModel):

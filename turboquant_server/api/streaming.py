@@ -10,13 +10,12 @@ from pydantic import BaseModel
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from sse_starlette.sse import AppStatus
 
-from turboquant_server.api.errors import to_api_error
+from turboquant_server.api.errors import ApiError, to_api_error
 from turboquant_server.engine.async_engine import EngineDeadError
 from turboquant_server.engine.request import RequestFailedError
 
 logger = logging.getLogger(__name__)
 
-PING_SECONDS = 15
 LINE_END = "\n"
 
 
@@ -25,21 +24,43 @@ def finish_streams_on_shutdown() -> None:
     AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]
 
 
-def stream_events(chunks: AsyncGenerator[str, None]) -> EventSourceResponse:
+def stream_events(chunks: AsyncGenerator[str, None], keep_alive_interval: float) -> EventSourceResponse:
     """Return a response that sends each chunk as it comes.
 
     When the client leaves, the response cancels the task that reads ``chunks``; so their ``finally`` runs.
 
     Args:
         chunks: JSON texts.
+        keep_alive_interval: Seconds from one comment to the next, which keep proxies from cutting a stream
+            that waits for its first token; 0 sends none.
     """
+    keep_alive = ServerSentEvent(comment="keep-alive", sep=LINE_END)
+    return send_events(_read_events(chunks), keep_alive_interval, keep_alive)
+
+
+def send_events(
+    events: AsyncGenerator[str | ServerSentEvent, None],
+    keep_alive_interval: float,
+    keep_alive: ServerSentEvent,
+) -> EventSourceResponse:
+    """Return a response of events that are complete: nothing is added at their end, or where they fail."""
     return EventSourceResponse(
-        _read_events(chunks),
+        events,
         sep=LINE_END,
-        ping=PING_SECONDS,
-        ping_message_factory=lambda: ServerSentEvent(comment="keep-alive", sep=LINE_END),
+        ping=keep_alive_interval,
+        ping_message_factory=lambda: keep_alive,
         headers={"Cache-Control": "no-cache"},
     )
+
+
+def end_with_error(error: Exception) -> ApiError:
+    """Return what a client may know of an error that ends a stream, and log it unless the engine has.
+
+    The status has been sent; the error can only be an event.
+    """
+    if not isinstance(error, EngineDeadError | RequestFailedError):
+        logger.exception("a stream ended with an error")
+    return to_api_error(error)
 
 
 def format_chunk(template: BaseModel, include_usage: bool, **fields: object) -> str:
@@ -48,14 +69,11 @@ def format_chunk(template: BaseModel, include_usage: bool, **fields: object) -> 
     return chunk.model_dump_json(exclude=None if include_usage else {"usage"})
 
 
-async def _read_events(chunks: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+async def _read_events(chunks: AsyncGenerator[str, None]) -> AsyncGenerator[str | ServerSentEvent, None]:
     async with aclosing(chunks):
         try:
             async for chunk in chunks:
                 yield chunk
         except Exception as error:
-            # The status has been sent; the error can only be an event. The engine has logged its own.
-            if not isinstance(error, EngineDeadError | RequestFailedError):
-                logger.exception("a stream ended with an error")
-            yield to_api_error(error).body.model_dump_json()
+            yield end_with_error(error).body.model_dump_json()
     yield "[DONE]"

@@ -91,6 +91,38 @@ class CompletionTokenReport(TokenReport):
         self._decoder = getincrementaldecoder("utf-8")(errors="replace")
         self._text_offset = 0
 
+    async def take_prompt(
+        self, text: str, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs | None], num_top: int
+    ) -> CompletionLogprobs:
+        """Return what is told of a prompt that the answer's text begins with; to be called before `take`.
+
+        Args:
+            text: The prompt, as it comes back.
+            token_ids: Its tokens.
+            logprobs: Of each token; None for the first.
+            num_top: How many of the likeliest tokens to report beside each.
+        """
+        top = [token_id for token in logprobs if token for token_id, _ in token.top[:num_top]]
+        spellings = await self._prompt_tokenizer.spell([*token_ids, *top])
+        told = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
+        decoder = getincrementaldecoder("utf-8")(errors="replace")
+        offset = 0
+        for token_id, token in zip(token_ids, logprobs, strict=True):
+            spelling = spellings[token_id]
+            told.tokens.append(spelling.unique_text)
+            told.token_logprobs.append(None if token is None else token.logprob)
+            told.top_logprobs.append(
+                None if token is None else _name_top(token_id, token, num_top, spellings)
+            )
+            told.text_offset.append(offset)
+            piece = decoder.decode(spelling.bytes)
+            # Tokens that the tokenizer has added are not in the text, nor is a space before its first word.
+            if not text.startswith(piece, offset):
+                piece = "" if spelling.is_special else piece.removeprefix(" ")
+            offset = min(offset + len(piece), len(text))
+        self._text_offset = len(text)
+        return told
+
     def _shape(
         self,
         token_ids: Sequence[int],
@@ -102,10 +134,17 @@ class CompletionTokenReport(TokenReport):
             spelling = spellings[token_id]
             report.tokens.append(spelling.unique_text)
             report.token_logprobs.append(token.logprob)
-            top = {spellings[top_id].unique_text: logprob for top_id, logprob in reversed(token.top)}
-            # Of several tokens of one text the likeliest counts, but for the one that was taken.
-            report.top_logprobs.append(dict(reversed(top.items())) | {spelling.unique_text: token.logprob})
+            report.top_logprobs.append(_name_top(token_id, token, len(token.top), spellings))
             report.text_offset.append(self._text_offset)
             if not spelling.is_special:
                 self._text_offset += len(self._decoder.decode(spelling.bytes))
         return report
+
+
+def _name_top(
+    token_id: int, token: TokenLogprobs, num_top: int, spellings: Mapping[int, Spelling]
+) -> dict[str, float]:
+    """Return the likeliest tokens at a place, and the one that came, by their texts."""
+    top = {spellings[top_id].unique_text: logprob for top_id, logprob in reversed(token.top[:num_top])}
+    # Of several tokens of one text the likeliest counts, but for the one that came.
+    return dict(reversed(top.items())) | {spellings[token_id].unique_text: token.logprob}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from turboquant_server.api.chat_request import ChatMessage
 from turboquant_server.api.errors import invalid_request
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 class TokenizeRequest(RequestModel):
     """The body of POST /tokenize: a text, or the messages of a conversation."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"prompt": "The harbour"}]})
 
     model: Text | None = None
     prompt: Text | None = None
@@ -46,6 +48,8 @@ class Tokens(BaseModel):
 
 class DetokenizeRequest(RequestModel):
     """The body of POST /detokenize."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"tokens": [70, 71, 72]}]})
 
     model: Text | None = None
     tokens: Annotated[list[int], Field(fail_fast=True)]

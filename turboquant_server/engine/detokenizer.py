@@ -35,7 +35,7 @@ class Detokenizer:
         min_tokens: No stop string is looked for in the text of so many tokens.
 
     Attributes:
-        stopped: A stop string was found; no text comes after it.
+        stop_string: The stop string that was found; no text comes after it. None before.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Detokenizer:
         include_stop: bool = False,
         min_tokens: int = 0,
     ) -> None:
-        self.stopped = False
+        self.stop_string: str | None = None
         self._tokenizer = tokenizer
         self._stop = stop
         self._include_stop = include_stop
@@ -59,6 +59,11 @@ class Detokenizer:
         self._context_text: str | None = None  # decoded with the first token: decoding may fail
         self._held_tokens: list[int] = []
         self._held_text = ""
+
+    @property
+    def stopped(self) -> bool:
+        """Tell whether a stop string was found."""
+        return self.stop_string is not None
 
     def append(self, token_id: int) -> str:
         """Take one token and return the text that is certain now, often none."""
@@ -94,9 +99,9 @@ class Detokenizer:
         piece = self._held_text + new_text
         matches = [(start + len(stop), start) for stop in self._stop if (start := piece.find(stop)) >= 0]
         if matches:
-            self.stopped = True
             self._held_text = ""
             end, start = min(matches)
+            self.stop_string = piece[start:end]
             return piece[: end if self._include_stop else start]
         num_certain = len(piece) - count_begun(piece, self._stop)
         self._held_text = piece[num_certain:]

@@ -8,7 +8,9 @@ ended is thrown away: device memory that the request gave back is written by lat
 from __future__ import annotations
 
 import logging
+import math
 import secrets
+import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
@@ -21,6 +23,7 @@ from turboquant_server.engine.request import (
     RequestFailedError,
     RequestOutput,
     RequestStatus,
+    output_of,
 )
 from turboquant_server.engine.sampler import INVALID_TOKEN_ID
 from turboquant_server.engine.sampling_params import SamplingParams
@@ -44,10 +47,12 @@ class _LaunchedStep:
     Attributes:
         pending: What the device does.
         choices: Those that get a token; its index in the request and its place in the step, or why it failed.
+        progress: Those whose parts of a prompt are to be reported, and how much of it has been read.
     """
 
     pending: PendingStep
     choices: list[tuple[Request, int, int | RequestFailedError]]
+    progress: list[tuple[Request, int]]
 
 
 class Engine:
@@ -113,6 +118,10 @@ class Engine:
         grammar = sampling_params.grammar
         if grammar is not None or not sampling_params.ignore_eos:
             end_token_ids |= self._eos_token_ids
+        salt = cache_salt.encode()
+        if sampling_params.prompt_logprobs is not None:
+            # It is not told of what others have computed; of what it has itself, before it waits, it is.
+            salt += secrets.token_bytes(16)
         choices = [
             Request(
                 request_id,
@@ -121,7 +130,7 @@ class Engine:
                 self._detokenizer(prompt_token_ids, sampling_params),
                 seed=seed,
                 choice_index=index,
-                cache_salt=cache_salt.encode(),
+                cache_salt=salt,
                 max_model_len=self.max_model_len,
                 end_token_ids=end_token_ids,
                 matcher=None if grammar is None else grammar.open(),
@@ -167,27 +176,43 @@ class Engine:
         return [output for step in steps for output in self._collect(step)]
 
     def _launch(self) -> _LaunchedStep:
+        began = time.monotonic()
         pending = self._model_runner.launch(self.scheduler.schedule())
         choices: list[tuple[Request, int, int | RequestFailedError]] = []
+        progress: list[tuple[Request, int]] = []
         for scheduled, result in pending.results:
             request = scheduled.request
             if isinstance(result, RequestFailedError):
                 choices.append((request, request.num_tokens, result))
                 continue
             self.scheduler.advance(scheduled)
+            request.start_time = request.start_time or began
+            if request.is_new and request.sampling_params.reports_progress and request.choice_index == 0:
+                progress.append((request, request.num_computed_tokens))
             if not result:
                 continue
             for choice in (request, *self._fork(request)):
                 # A choice that has no slot yet will draw the same token again.
                 place = result[choice.choice_index - request.choice_index]
+                choice.start_time = request.start_time
                 choices.append((choice, choice.num_tokens, place))
                 choice.token_ids.append(-1 - place)
-        return _LaunchedStep(pending, choices)
+        return _LaunchedStep(pending, choices, progress)
 
     def _collect(self, step: _LaunchedStep) -> Iterator[StepOutput]:
         """Wait for a step and take in what it has computed."""
         token_ids = step.pending.token_ids()
         logprobs = step.pending.logprobs()
+        for request, num_computed_tokens in step.progress:
+            if request.status is not RequestStatus.FINISHED:
+                yield output_of(request, num_output_tokens=0, num_computed_tokens=num_computed_tokens)
+        for request, start, rows in step.pending.prompt_logprobs():
+            if any(math.isnan(row[0]) for row in rows) and request.status is not RequestStatus.FINISHED:
+                yield self._fail_without_numbers(request)
+            elif request.prompt_logprobs is not None:
+                num_top = request.sampling_params.prompt_logprobs or 0
+                told = [read_logprobs(row, num_top) for row in rows]
+                request.prompt_logprobs[start : start + len(told)] = told
         for choice, index, result in step.choices:
             if choice.status is RequestStatus.FINISHED:
                 continue  # by the token before, by an abort, or as another choice of the request has failed
@@ -209,12 +234,7 @@ class Engine:
     ) -> StepOutput:
         """Return what the token with this index adds to a request."""
         if token_id == INVALID_TOKEN_ID:
-            logger.error("request %s got logits that are not finite", request.request_id)
-            self.abort_request(request.request_id)
-            message = (
-                "The model's output is not a number; a wider dtype, such as bfloat16 or float32, may help."
-            )
-            return RequestFailedError(request.request_id, message)
+            return self._fail_without_numbers(request)
         request.token_ids[index] = token_id
         try:
             text, finish_reason = self._extend_text(request, index)
@@ -226,17 +246,23 @@ class Engine:
         if finish_reason is not None:
             del request.token_ids[index + 1 :]
             self.scheduler.finish(request, finish_reason)
-        return RequestOutput(
-            request_id=request.request_id,
+        prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, None
+        return output_of(
+            request,
             text=text,
             token_ids=[token_id],
-            num_prompt_tokens=request.num_prompt_tokens,
             num_output_tokens=index + 1 - request.num_prompt_tokens,
             finish_reason=finish_reason,
-            num_cached_tokens=request.num_cached_tokens or 0,
-            choice_index=request.choice_index,
             logprobs=() if row is None else (read_logprobs(row, request.sampling_params.logprobs or 0),),
+            stop_string=request.detokenizer.stop_string,
+            prompt_logprobs=tuple(prompt_logprobs or ()),
         )
+
+    def _fail_without_numbers(self, request: Request) -> RequestFailedError:
+        logger.error("request %s got logits that are not finite", request.request_id)
+        self.abort_request(request.request_id)
+        message = "The model's output is not a number; a wider dtype, such as bfloat16 or float32, may help."
+        return RequestFailedError(request.request_id, message)
 
     def _extend_text(self, request: Request, index: int) -> tuple[str, FinishReason | None]:
         """Return the text that a new token makes certain and, if it ends the answer, why."""

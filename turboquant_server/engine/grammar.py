@@ -11,9 +11,12 @@ from collections.abc import Sequence
 from enum import Enum
 from functools import lru_cache
 from threading import Lock
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from llguidance import LLExecutor, LLMatcher, LLTokenizer, grammar_from
+
+from turboquant_server.engine.answer_grammar import AnswerGrammar
+from turboquant_server.parsing.layout import Layout
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -51,20 +54,6 @@ class GrammarKind(str, Enum):
     GRAMMAR = "grammar"  # Lark's as llguidance has it, or llama.cpp's GBNF
 
 
-class Reasoning(NamedTuple):
-    """What answers begin with before they follow their grammar: any text, between marks.
-
-    Attributes:
-        opening: Stands before it.
-        closing: Stands after it.
-        is_open: The prompt ends with the opening mark; otherwise an answer may go without reasoning.
-    """
-
-    opening: str
-    closing: str
-    is_open: bool
-
-
 class GrammarError(ValueError):
     """A grammar cannot be used, or an answer cannot go on by it; says why."""
 
@@ -82,6 +71,8 @@ class GrammarCompiler:
         self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_token_ids: Collection[int]
     ) -> None:
         self._serialized = _serialize(tokenizer)
+        is_fast = self._serialized is not None
+        self._marks = [token.content for token in tokenizer.added_tokens_decoder.values()] if is_fast else []
         self._num_tokens = max(vocab_size, len(tokenizer))
         self._eos_token_ids = sorted(eos_token_ids)
         self._tokenizer: LLTokenizer | None = None
@@ -89,35 +80,30 @@ class GrammarCompiler:
         self._executor = LLExecutor()
         self._compile = lru_cache(MAX_COMPILED)(self._compile_anew)
 
-    def compile(self, kind: GrammarKind, text: str, reasoning: Reasoning | None = None) -> Grammar:
+    def compile(self, kind: GrammarKind | None, text: str = "", layout: Layout | None = None) -> Grammar:
         """Return a grammar; the first one takes a second or so, and one that is complicated as long.
 
         Args:
-            kind: The language of the text.
-            text: The grammar.
-            reasoning: Comes before what follows the grammar.
+            kind: The language of the text; None if there may be only calls.
+            text: The grammar of the answer's content.
+            layout: What else an answer has; None for nothing.
 
         Raises:
             GrammarError: The text is not what it must be, or asks for what is not supported.
         """
-        return self._compile(kind, text, reasoning)
+        return self._compile(kind, text, layout or Layout())
 
-    def _compile_anew(self, kind: GrammarKind, text: str, reasoning: Reasoning | None) -> Grammar:
+    def _compile_anew(self, kind: GrammarKind | None, text: str, layout: Layout) -> Grammar:
         tokenizer = self._open_tokenizer()
         try:
-            if kind is GrammarKind.JSON_SCHEMA:
-                _check_schema(json.loads(text))
-                source = LLMatcher.grammar_from_json_schema(text, overrides=_JSON_OPTIONS)
-            elif kind is GrammarKind.CHOICE:
-                choices = (json.dumps(choice, ensure_ascii=False) for choice in json.loads(text))
-                source = LLMatcher.grammar_from_lark(f"start: {' | '.join(choices)}")
+            content = None if kind is None else _read(kind, text)
+            if content is None or layout != Layout():
+                grammars = AnswerGrammar(tokenizer, self._marks, _read_schema).write(layout, content)
             else:
-                source = grammar_from(kind.value, text)
+                grammars = [content]
         except (ValueError, RecursionError) as error:
             raise GrammarError(str(error)) from error
-        if reasoning is not None:
-            source = _put_behind(reasoning, source, tokenizer)
-        matcher = LLMatcher(tokenizer, source, log_level=0)
+        matcher = LLMatcher(tokenizer, json.dumps({"grammars": grammars}), log_level=0)
         # Some of what may fail, or take long, does so when tokens are first asked for.
         matcher.compute_bitmask()
         if matcher.is_error():
@@ -197,22 +183,30 @@ def _serialize(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return None if backend is None else str(backend.to_str())
 
 
-def _put_behind(reasoning: Reasoning, source: str, tokenizer: LLTokenizer) -> str:
-    """Return a grammar, as llguidance takes it, that lets reasoning come before another one."""
+def _read(kind: GrammarKind, text: str) -> dict[str, Any]:
+    """Return a grammar as llguidance takes it.
 
-    def name_token(mark: str) -> str | None:
-        token_ids = tokenizer.tokenize_str(mark, parse_special=True)
-        return f"<[{token_ids[0]}]>" if list(map(tokenizer.is_special_token, token_ids)) == [True] else None
+    Raises:
+        ValueError: It is none.
+    """
+    if kind is GrammarKind.JSON_SCHEMA:
+        return _read_schema(text)
+    if kind is GrammarKind.CHOICE:
+        choices = (json.dumps(choice, ensure_ascii=False) for choice in json.loads(text))
+        return {"lark_grammar": f"start: {' | '.join(choices)}"}
+    if kind is GrammarKind.GRAMMAR:
+        return {"lark_grammar": grammar_from("grammar", text)}
+    return _only_one(LLMatcher.grammar_from_regex(text))
 
-    opening = name_token(reasoning.opening) or json.dumps(reasoning.opening)
-    closing = name_token(reasoning.closing)
-    end = "" if closing else f"[suffix={json.dumps(reasoning.closing)}]"
-    thinking = f"thinking{end}: TEXT {closing or ''}"
-    # Some models write the mark once more.
-    start = f"{opening}? thinking SPACE" if reasoning.is_open else f"({opening} thinking SPACE)?"
-    lark = f"start: {start} @answer\n{thinking}\nTEXT: /(?s:.*)/\nSPACE: /\\n{{0,2}}/"
-    [answer] = json.loads(source)["grammars"]
-    return json.dumps({"grammars": [{"lark_grammar": lark}, {**answer, "name": "answer"}]})
+
+def _read_schema(text: str) -> dict[str, Any]:
+    _check_schema(json.loads(text))
+    return _only_one(LLMatcher.grammar_from_json_schema(text, overrides=_JSON_OPTIONS))
+
+
+def _only_one(source: str) -> dict[str, Any]:
+    [grammar] = json.loads(source)["grammars"]
+    return dict(grammar)
 
 
 def _check_schema(schema: object) -> None:

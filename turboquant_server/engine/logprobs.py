@@ -23,42 +23,48 @@ class TokenLogprobs:
     Attributes:
         logprob: Natural logarithm of its probability.
         top: The likeliest tokens at its place and their log-probabilities, the likeliest first.
+        rank: Its place among all tokens, 1 for the likeliest; equally likely ones share the best place.
     """
 
     logprob: float
     top: tuple[tuple[int, float], ...]
+    rank: int
 
 
-def gather_logprobs(logits: Tensor, token_ids: Tensor) -> Tensor:
+def gather_logprobs(logits: Tensor, token_ids: Tensor, num_top: int = MAX_LOGPROBS) -> Tensor:
     """Look up log-probabilities, without waiting for the device.
 
     Args:
         logits: ``[num_rows, vocab_size]``, any float dtype.
-        token_ids: The token that was chosen in each row, int64 ``[num_rows]``.
+        token_ids: The token that came in each row, int64 ``[num_rows]``.
+        num_top: How many of the likeliest tokens to look up, too.
 
     Returns:
-        Float64 ``[num_rows, 1 + 2 * num_top]`` for `read_logprobs`, so that one copy brings all to the host.
+        Float64 ``[num_rows, 2 + 2 * num_top]`` for `read_logprobs`, so that one copy brings all to the host.
     """
-    num_top = min(MAX_LOGPROBS, logits.shape[-1])
-    num_at_once = max(1, _MAX_ELEMENTS_AT_ONCE // logits.shape[-1])
+    vocab_size = logits.shape[-1]
+    num_top = min(num_top, vocab_size)
+    num_at_once = max(1, _MAX_ELEMENTS_AT_ONCE // vocab_size)
     parts = []
-    for some, chosen in zip(
-        torch.split(logits, num_at_once), torch.split(token_ids, num_at_once), strict=True
-    ):
+    for some, came in zip(torch.split(logits, num_at_once), torch.split(token_ids, num_at_once), strict=True):
         logprobs = torch.log_softmax(some, dim=-1, dtype=torch.float32)
-        # Where there was no token the request fails, whatever is looked up.
-        of_chosen = logprobs.gather(1, chosen.clamp(min=0)[:, None])
+        # Where there was no token the request fails, whatever is looked up. Some models take more tokens than
+        # they have logits for; those cannot come.
+        places, is_unknown = came.clamp(0, vocab_size - 1)[:, None], (came >= vocab_size)[:, None]
+        own = some.gather(1, places).masked_fill(is_unknown, -torch.inf)
+        own_logprobs = logprobs.gather(1, places).masked_fill(is_unknown, -torch.inf)
+        ranks = 1 + (some > own).sum(dim=-1, keepdim=True)
         values, tokens = logprobs.topk(num_top, dim=-1)
-        parts.append(torch.cat([of_chosen.double(), values.double(), tokens.double()], dim=1))
+        parts.append(torch.cat([part.double() for part in (own_logprobs, ranks, values, tokens)], dim=1))
     return torch.cat(parts)
 
 
 def read_logprobs(row: Sequence[float], num_top: int) -> TokenLogprobs:
     """Return a row of `gather_logprobs` with the first of its likeliest tokens."""
-    most = len(row) // 2
-    values, token_ids = row[1 : 1 + most], row[1 + most :]
+    most = len(row) // 2 - 1
+    values, token_ids = row[2 : 2 + most], row[2 + most :]
     top = [
         (int(token_id), max(value, LOWEST_LOGPROB))
         for value, token_id in zip(values[:num_top], token_ids[:num_top], strict=True)
     ]
-    return TokenLogprobs(max(row[0], LOWEST_LOGPROB), tuple(top))
+    return TokenLogprobs(max(row[0], LOWEST_LOGPROB), tuple(top), int(row[1]))

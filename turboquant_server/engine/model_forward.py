@@ -28,7 +28,9 @@ class ModelForward:
         # Only some positions' logits are needed; a long chunk's would take more memory than its cache.
         self._takes_logits_to_keep = "logits_to_keep" in parameters
 
-    def __call__(self, input_ids: Tensor, position_ids: Tensor, wanted: Tensor, cache: Cache) -> Tensor:
+    def __call__(
+        self, input_ids: Tensor, position_ids: Tensor, wanted: Tensor, cache: Cache | None
+    ) -> Tensor:
         """Run the model.
 
         Args:

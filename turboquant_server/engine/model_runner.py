@@ -23,10 +23,11 @@ from turboquant_core import (
     upload,
 )
 from turboquant_server.engine.decode_graphs import DecodeGraphs
-from turboquant_server.engine.grammar import GrammarError
 from turboquant_server.engine.model_forward import ModelForward
 from turboquant_server.engine.pending_step import PendingStep, StepResult
+from turboquant_server.engine.prompt_scorer import PromptScorer
 from turboquant_server.engine.request import RequestFailedError
+from turboquant_server.engine.request_failure import request_failure
 from turboquant_server.engine.scheduler import ScheduledBatch, ScheduledRequest
 from turboquant_server.engine.token_drawer import Drawn, TokenDrawer
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
 
     from turboquant_server.engine.compiled_forward import CompiledForward
+    from turboquant_server.engine.request import Request
 
 # Requests and what was drawn for their choices; or why one failed.
 _Drawn: TypeAlias = tuple[Sequence[ScheduledRequest], Drawn | RequestFailedError]
@@ -75,7 +77,8 @@ class ModelRunner:
             store.visibilities, store.timeline, store.num_slots, store.device, num_extra=2
         )
         self._tokens = torch.empty(0, dtype=torch.int64, device=store.device)  # of the newest step
-        self._token_drawer = TokenDrawer(store.device)
+        self._token_drawer = TokenDrawer(store.device, store.num_slots)
+        self._prompt_scorer = PromptScorer(model)
         self._newest_step: PendingStep | None = None
 
     @property
@@ -130,9 +133,8 @@ class ModelRunner:
         all_tokens = torch.cat(parts)
         # Where logits had no token, the next step may compute with any.
         self._tokens = all_tokens.clamp(min=0)
-        self._newest_step = PendingStep(
-            results, all_tokens, torch.cat(logprobs) if logprobs else None, logprob_places
-        )
+        rows, prompt_rows = torch.cat(logprobs) if logprobs else None, self._prompt_scorer.take()
+        self._newest_step = PendingStep(results, all_tokens, rows, logprob_places, prompt_rows)
         return self._newest_step
 
     def copy_slot(self, source: int, target: int) -> None:
@@ -165,7 +167,8 @@ class ModelRunner:
 
     def _forward_prefill(self, scheduled: Sequence[ScheduledRequest]) -> Tensor:
         """Run the model on all chunks in one row."""
-        chunks = [chunk for item in scheduled for chunk in item.chunks]
+        prompts = [(item.request, chunk) for item in scheduled for chunk in item.chunks]
+        chunks = [chunk for _, chunk in prompts]
         token_ids = [item.request.token_ids[c.start : c.end] for item in scheduled for c in item.chunks]
         positions = [range(chunk.start, chunk.end) for chunk in chunks]
         ends = accumulate(sum(chunk.num_tokens for chunk in item.chunks) for item in scheduled)
@@ -174,7 +177,10 @@ class ModelRunner:
         slots = self._upload([item.chunks[0].cache.slot for item in scheduled])
         cache = PassThroughCache(self._model.config)
         with forward_context(PrefillAttention(self._store, self._store.plan_prefill(chunks))):
-            return self._run_model(inputs[:, None], wanted, cache, slots, has_past=chunks[0].start > 0)[0]
+            has_past = chunks[0].start > 0
+            return self._run_model(inputs[:, None], wanted, cache, slots, has_past=has_past, prompts=prompts)[
+                0
+            ]
 
     def _forward_decode(self, scheduled: Sequence[ScheduledRequest]) -> Tensor:
         """Run the model on the newest token of each request, each in its own row."""
@@ -205,7 +211,8 @@ class ModelRunner:
             inputs = torch.stack([self._take((known, places)), positions])[:, None]
             wanted, slots = self._upload([[chunk.num_tokens - 1], [chunk.cache.slot]])
             cache = DenseCache(self._model.config, self._store, chunk)
-            logits = self._run_model(inputs, wanted, cache, slots, has_past=chunk.start > 0)
+            prompts = [(scheduled.request, chunk)]
+            logits = self._run_model(inputs, wanted, cache, slots, has_past=chunk.start > 0, prompts=prompts)
         return logits[0]
 
     def _run_model(
@@ -217,11 +224,15 @@ class ModelRunner:
         *,
         has_past: bool,
         decodes: Sequence[Chunk] = (),
+        prompts: Sequence[tuple[Request, Chunk]] = (),
     ) -> Tensor:
         """Run the model on tokens and their positions, ``[2, num_rows, num_tokens]``; see `ModelForward`."""
         if self._states is not None and has_past:
             self._states.load(cache, slots)
-        logits = self._call_model(inputs[0], inputs[1], wanted, cache)
+        if any(request.scores_prompt for request, _ in prompts):
+            logits = self._prompt_scorer.forward(inputs[0], inputs[1], wanted, cache, prompts)
+        else:
+            logits = self._call_model(inputs[0], inputs[1], wanted, cache)
         self._store.make_due_blocks(decodes)  # before states move on, as what fails is tried again
         if self._states is not None:
             self._states.store(cache, slots)
@@ -257,8 +268,7 @@ class ModelRunner:
                 logits = self.forward(scheduled, is_decode=is_decode)
             except Exception as error:
                 if len(scheduled) == 1:
-                    # The error itself stays here: its traceback holds the activations.
-                    failure = _failure(scheduled[0], error)
+                    failure = request_failure(scheduled[0].request.request_id, error)
                 else:
                     logger.warning(
                         "a step of %d requests failed and is tried again", len(scheduled), exc_info=True
@@ -277,21 +287,9 @@ class ModelRunner:
             return [(scheduled, drawn)]
         except Exception as error:
             if len(scheduled) == 1:
-                return [(scheduled, _failure(scheduled[0], error))]
+                return [(scheduled, request_failure(scheduled[0].request.request_id, error))]
             logger.warning(
                 "sampling for %d requests failed and is tried again", len(scheduled), exc_info=True
             )
         rows = zip(scheduled, logits, strict=True)
         return [drawn for item, row in rows for drawn in self._sample([item], row[None])]
-
-
-def _failure(scheduled: ScheduledRequest, error: Exception) -> RequestFailedError:
-    request_id = scheduled.request.request_id
-    logger.error("request %s failed", request_id, exc_info=error)
-    if isinstance(error, torch.OutOfMemoryError):
-        message = "The device ran out of memory on this request."
-    elif isinstance(error, GrammarError):
-        message = str(error)
-    else:
-        message = f"The model failed on this request ({type(error).__name__}); the log has the details."
-    return RequestFailedError(request_id, message)

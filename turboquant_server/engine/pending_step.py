@@ -13,6 +13,7 @@ from torch import Tensor
 from turboquant_server.engine.request import RequestFailedError
 
 if TYPE_CHECKING:
+    from turboquant_server.engine.request import Request
     from turboquant_server.engine.scheduler import ScheduledRequest
 
 # A request's places among a step's tokens: its own and one for each of its forks, none while its prompt is
@@ -28,6 +29,7 @@ class PendingStep:
         tokens: int64 ``[num_tokens]``, on their device, where they may not have been computed yet.
         logprobs: Rows of `gather_logprobs` for some of the tokens, there too.
         logprob_places: Which of the tokens these are of.
+        prompt_logprobs: Rows for tokens of prompts, there too: whose prompt, and where the first is in it.
     """
 
     def __init__(
@@ -36,12 +38,16 @@ class PendingStep:
         tokens: Tensor,
         logprobs: Tensor | None = None,
         logprob_places: Sequence[int] = (),
+        prompt_logprobs: Sequence[tuple[Request, int, Tensor]] = (),
     ) -> None:
         self.results = results
         # To pinned memory, while the host goes on.
         self._tokens = tokens.to("cpu", non_blocking=True)
         self._logprobs = None if logprobs is None else logprobs.to("cpu", non_blocking=True)
         self._logprob_places = logprob_places
+        self._prompt_logprobs = [
+            (request, start, rows.to("cpu", non_blocking=True)) for request, start, rows in prompt_logprobs
+        ]
         self._copied = torch.cuda.Event() if tokens.is_cuda else None
         if self._copied is not None:
             self._copied.record(torch.cuda.current_stream(tokens.device))
@@ -63,3 +69,7 @@ class PendingStep:
         if self._logprobs is None:
             return {}
         return dict(zip(self._logprob_places, self._logprobs.tolist(), strict=True))
+
+    def prompt_logprobs(self) -> list[tuple[Request, int, list[list[float]]]]:
+        """Return those of prompts, once the tokens are known."""
+        return [(request, start, rows.tolist()) for request, start, rows in self._prompt_logprobs]

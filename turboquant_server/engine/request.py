@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection
-from dataclasses import dataclass
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from turboquant_core import RequestCache
@@ -56,6 +57,9 @@ class Request:
         cache: The request's compressed KV cache while it runs, else None.
         forks: The other choices, until this one's prompt is computed.
         arrival: Place in the order in which requests came.
+        start_time: When the first step on it began, in seconds of ``time.monotonic``; None before.
+        prompt_logprobs: How likely each token of the prompt was, as far as it is known; None for the first.
+            None if that was not asked for, or has been reported. Of several choices the first has it.
     """
 
     def __init__(
@@ -82,8 +86,12 @@ class Request:
         self.matcher = matcher
         self.forks: list[Request] = []
         self.arrival = 0
+        self.start_time: float | None = None
         self.token_ids = list(prompt_token_ids)
         self.num_prompt_tokens = len(prompt_token_ids)
+        self.prompt_logprobs: list[TokenLogprobs | None] | None = None
+        if sampling_params.prompt_logprobs is not None and choice_index == 0:
+            self.prompt_logprobs = [None] * len(prompt_token_ids)
         self.max_num_tokens = min(len(prompt_token_ids) + sampling_params.max_tokens, max_model_len)
         self.num_computed_tokens = 0
         self.num_cached_tokens: int | None = None
@@ -95,6 +103,16 @@ class Request:
     def num_tokens(self) -> int:
         """Count the tokens of prompt and output."""
         return len(self.token_ids)
+
+    @property
+    def is_new(self) -> bool:
+        """Tell whether no token of the answer has been chosen."""
+        return self.num_tokens == self.num_prompt_tokens
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Tell whether log-probabilities are wanted of the tokens that are to be computed."""
+        return self.prompt_logprobs is not None and self.is_new
 
     @property
     def is_decoding(self) -> bool:
@@ -119,7 +137,7 @@ class Request:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """What one engine step adds to one request.
+    """What one engine step adds to one request; no token, if it has read a part of the prompt.
 
     Attributes:
         request_id: The request that this belongs to.
@@ -131,6 +149,12 @@ class RequestOutput:
         choice_index: Which of the request's choices this belongs to.
         finish_reason: Why the request ended, on its last output; None before.
         logprobs: Of the new tokens, if they were asked for.
+        stop_string: The stop string that ended the request, if one did.
+        prompt_logprobs: Of the prompt's tokens, None for the first; with the first token of the first choice,
+            if they were asked for.
+        num_computed_tokens: Tokens of the prompt that have been read or found, while it is read.
+        start_time: When the first step on the request began, in seconds of ``time.monotonic``.
+        time: When the step was taken in.
     """
 
     request_id: str
@@ -142,6 +166,11 @@ class RequestOutput:
     num_cached_tokens: int = 0
     choice_index: int = 0
     logprobs: tuple[TokenLogprobs, ...] = ()
+    stop_string: str | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
+    num_computed_tokens: int = 0
+    start_time: float = field(default=0.0, compare=False)
+    time: float = field(default=0.0, compare=False)
 
 
 class RequestFailedError(RuntimeError):
@@ -156,5 +185,34 @@ class RequestFailedError(RuntimeError):
         self.request_id = request_id
 
 
+class GrammarFailedError(RequestFailedError):
+    """The answer cannot go on by the grammar that was asked for, which has become too complex."""
+
+
 class RequestTimeoutError(RequestFailedError):
     """One request has taken longer than it may."""
+
+
+def output_of(
+    request: Request,
+    *,
+    num_output_tokens: int,
+    text: str = "",
+    token_ids: Sequence[int] = (),
+    finish_reason: FinishReason | None = None,
+    **fields: Any,
+) -> RequestOutput:
+    """Return an output of a request, as it is now."""
+    return RequestOutput(
+        request_id=request.request_id,
+        text=text,
+        token_ids=list(token_ids),
+        num_prompt_tokens=request.num_prompt_tokens,
+        num_output_tokens=num_output_tokens,
+        finish_reason=finish_reason,
+        num_cached_tokens=request.num_cached_tokens or 0,
+        choice_index=request.choice_index,
+        start_time=request.start_time or 0.0,
+        time=time.monotonic(),
+        **fields,
+    )

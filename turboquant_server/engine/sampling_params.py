@@ -39,6 +39,8 @@ class SamplingParams:
         grammar: What the answer must look like; it ends where the grammar does, whatever ignore_eos says.
         logprobs: Report the log-probability of each token and so many of the likeliest ones'; None reports
             nothing.
+        prompt_logprobs: The same for the prompt's tokens, all of which are computed then.
+        reports_progress: Report how much of the prompt each step has read.
     """
 
     max_tokens: int
@@ -59,6 +61,8 @@ class SamplingParams:
     ignore_eos: bool = False
     skipped_token_ids: frozenset[int] | None = None
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    reports_progress: bool = False
     grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
@@ -90,8 +94,10 @@ class SamplingParams:
             )
         if not 0 <= self.min_tokens <= self.max_tokens:
             raise ValueError(f"min_tokens must be from 0 to max_tokens, got {self.min_tokens}")
-        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
-            raise ValueError(f"logprobs must be from 0 to {MAX_LOGPROBS}, got {self.logprobs}")
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(self, name)
+            if count is not None and not 0 <= count <= MAX_LOGPROBS:
+                raise ValueError(f"{name} must be from 0 to {MAX_LOGPROBS}, got {count}")
         if any(not text for text in self.stop):
             raise ValueError("a stop string must not be empty")
 

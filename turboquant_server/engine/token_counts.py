@@ -26,14 +26,19 @@ IN_PROMPT = 1 << 28
 class TokenCounts:
     """Count the tokens of requests.
 
+    Args:
+        device: Where the counts are.
+        num_slots: Most requests that run at once.
+
     Attributes:
         table: int32 ``[num_slots, vocab_size]``: how often the answer in a slot has each token, and IN_PROMPT
-            more where its prompt has it. No more slots than were needed; what lies in one that `update` has
-            not been called for means nothing.
+            more where its prompt has it. What lies in a slot that `update` has not been called for means
+            nothing. Empty until the first call, and then of the size that memory was planned for.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, num_slots: int) -> None:
         self.table = torch.zeros(0, 0, dtype=torch.int32, device=device)
+        self._num_slots = num_slots
         # Whose tokens a slot's row counts, and how many of them.
         self._counted: dict[int, tuple[ReferenceType[Request], int]] = {}
 
@@ -64,7 +69,8 @@ class TokenCounts:
                 else:
                     known.append((first + token_id, 1))
             counted[slot] = ref(request), request.num_tokens
-        self._grow(1 + max(counted), vocab_size)
+        if not self.table.numel():
+            self.table = self.table.new_zeros(self._num_slots, vocab_size)
         device = self.table.device
         if started:
             self.table.index_fill_(0, upload(started, torch.int64, device), 0)
@@ -76,11 +82,3 @@ class TokenCounts:
             rows, places = upload([*zip(*unknown, strict=True)], torch.int64, device)
             flat.index_add_(0, rows + newest[places], torch.ones_like(rows, dtype=torch.int32))
         self._counted.update(counted)
-
-    def _grow(self, num_slots: int, vocab_size: int) -> None:
-        if num_slots > len(self.table):
-            # By half more, so that a server that fills up copies little.
-            table = self.table.new_zeros(num_slots + num_slots // 2, vocab_size)
-            if self.table.numel():
-                table[: len(self.table)] = self.table
-            self.table = table

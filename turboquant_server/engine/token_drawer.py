@@ -38,11 +38,16 @@ class Drawn(NamedTuple):
 
 
 class TokenDrawer:
-    """Draw tokens for scheduled requests, and keep on the device what that takes."""
+    """Draw tokens for scheduled requests, and keep on the device what that takes.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: Of the logits.
+        num_slots: Most requests that run at once.
+    """
+
+    def __init__(self, device: torch.device, num_slots: int) -> None:
         self._device = device
-        self._counts = TokenCounts(device)
+        self._counts = TokenCounts(device, num_slots)
 
     def draw(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from turboquant_server.parsing.calls import Tools, read_text_and_calls
+from turboquant_server.parsing.layout import CallForm
 from turboquant_server.parsing.source import Source, Steps
 from turboquant_server.parsing.tool_call import take_arguments
 
@@ -11,6 +12,16 @@ CALL_BEGIN, CALL_END = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>
 SEPARATOR = "<｜tool▁sep｜>"  # noqa: RUF001
 FENCE = "```"
 MARKS = (CALLS_BEGIN, CALLS_END, CALL_BEGIN, CALL_END, SEPARATOR)
+V3_FORM = CallForm(
+    start=f"{CALL_BEGIN}function{SEPARATOR}{{name}}\n{FENCE}json\n",
+    end=f"\n{FENCE}{CALL_END}",
+    before=CALLS_BEGIN,
+    between="\n",
+    after=CALLS_END,
+)
+V31_FORM = CallForm(
+    start=f"{CALL_BEGIN}{{name}}{SEPARATOR}", end=CALL_END, before=CALLS_BEGIN, after=CALLS_END
+)
 
 
 def read_answer(source: Source, tools: Tools) -> Steps[None]:

@@ -9,13 +9,22 @@ from __future__ import annotations
 import re
 
 from turboquant_server.parsing.event import Content, Reasoning
+from turboquant_server.parsing.layout import CallForm
+from turboquant_server.parsing.reasoning import Marks
 from turboquant_server.parsing.source import MalformedError, Source, Steps
 from turboquant_server.parsing.tool_call import take_arguments
 
-START, CHANNEL, MESSAGE = "<|start|>", "<|channel|>", "<|message|>"
+START, CHANNEL, MESSAGE, CONSTRAIN = "<|start|>", "<|channel|>", "<|message|>", "<|constrain|>"
 ENDS = ("<|end|>", "<|call|>", "<|return|>")
-MARKS = (START, CHANNEL, MESSAGE, "<|constrain|>", *ENDS)
+MARKS = (START, CHANNEL, MESSAGE, CONSTRAIN, *ENDS)
 MAX_HEADER_LENGTH = 200
+PROMPT_END = f"{START}assistant"
+ANALYSIS = Marks(f"{CHANNEL}analysis{MESSAGE}", f"{ENDS[0]}{PROMPT_END}")
+FINAL = f"{CHANNEL}final{MESSAGE}"
+# The token after a call ends the answer.
+FORM = CallForm(
+    start=f"{CHANNEL}commentary to=functions.{{name}} {CONSTRAIN}json{MESSAGE}", end="", is_single=True
+)
 
 _CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)")
 _FUNCTION = re.compile(r"\bto=functions\.([\w.\-]+)")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from turboquant_server.parsing.calls import Tools, read_text_and_calls
+from turboquant_server.parsing.layout import CallForm
 from turboquant_server.parsing.source import Source, Steps
 from turboquant_server.parsing.tool_call import take_calls
 
 OPENING, CLOSING = MARKS = ("<tool_call>", "</tool_call>")
+FORM = CallForm(start=OPENING + '\n{"name": "{name}", "arguments": ', end="}\n" + CLOSING, between="\n")
 
 
 def read_answer(source: Source, tools: Tools) -> Steps[None]:

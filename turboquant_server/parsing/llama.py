@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from turboquant_server.parsing.calls import Tools, read_or_keep, read_text_and_calls
+from turboquant_server.parsing.layout import CallForm
 from turboquant_server.parsing.source import Source, Steps
 from turboquant_server.parsing.tool_call import take_calls
 
 PYTHON_TAG = "<|python_tag|>"
 MARKS = (PYTHON_TAG,)
+# Without the mark: models write it before calls of tools of their own.
+FORM = CallForm(start='{"name": "{name}", "parameters": ', end="}", between="; ")
 
 
 def read_answer(source: Source, tools: Tools) -> Steps[None]:

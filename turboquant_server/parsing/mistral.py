@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from turboquant_server.parsing.calls import Tools, read_text_and_calls
+from turboquant_server.parsing.layout import CallForm
 from turboquant_server.parsing.source import Source, Steps
 from turboquant_server.parsing.tool_call import take_arguments, take_calls
 
 OPENING, CALL_ID, ARGUMENTS = MARKS = ("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]")
+FORM = CallForm(start=OPENING + "{name}" + ARGUMENTS, end="")
+LIST_FORM = CallForm(
+    start='{"name": "{name}", "arguments": ', end="}", before=OPENING + " [", between=", ", after="]"
+)
 
 
 def read_answer(source: Source, tools: Tools) -> Steps[None]:

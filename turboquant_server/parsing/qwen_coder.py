@@ -5,19 +5,26 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
 from turboquant_server.parsing.calls import Tools, read_text_and_calls
+from turboquant_server.parsing.layout import CallForm
+from turboquant_server.parsing.parameter import find_types
 from turboquant_server.parsing.source import Source, Steps
-from turboquant_server.parsing.tool_call import make_call
+from turboquant_server.parsing.tool_call import load_json, make_call
 
 OPENING, CLOSING = "<tool_call>", "</tool_call>"
 FUNCTION, FUNCTION_END = "<function=", "</function>"
 PARAMETER, PARAMETER_END = "<parameter=", "</parameter>"
 MARKS = (OPENING, CLOSING, FUNCTION, FUNCTION_END, PARAMETER, PARAMETER_END)
+FORM = CallForm(
+    start=f"{OPENING}\n{FUNCTION}{{name}}>\n",
+    end=f"{FUNCTION_END}\n{CLOSING}",
+    between="\n",
+    parameter=(f"{PARAMETER}{{key}}>\n", f"\n{PARAMETER_END}\n"),
+)
 
 
 def read_answer(source: Source, tools: Tools) -> Steps[None]:
@@ -35,14 +42,15 @@ def _read_call(source: Source, schemas: Mapping[str, Any]) -> Steps[None]:
     yield from source.take_space()
     yield from source.take(FUNCTION)
     name = (yield from source.take_until(">")).strip()
-    properties = (schemas.get(name) or {}).get("properties")
+    root = schemas.get(name) or {}
+    properties = root.get("properties")
     arguments: dict[str, Any] = {}
     yield from source.take_space()
     while (yield from source.take_one_of(PARAMETER)):
         key = (yield from source.take_until(">")).strip()
         text = yield from source.take_until(PARAMETER_END)
         schema = properties.get(key) if isinstance(properties, Mapping) else None
-        arguments[key] = _read_value(text.removeprefix("\n").removesuffix("\n"), schema)
+        arguments[key] = _read_value(text.removeprefix("\n").removesuffix("\n"), find_types(schema, root))
         yield from source.take_space()
     yield from source.take(FUNCTION_END)
     if opening:
@@ -56,25 +64,12 @@ def _read_call(source: Source, schemas: Mapping[str, Any]) -> Steps[None]:
     yield call
 
 
-def _read_value(text: str, schema: object) -> Any:
-    types = set(_types(schema))
+def _read_value(text: str, types: Collection[str]) -> Any:
     if "null" in types and text.strip() in ("null", "None"):
         return None
     if not types or "string" in types:
         return text
     try:
-        return json.loads({"True": "true", "False": "false"}.get(text.strip(), text))
+        return load_json({"True": "true", "False": "false"}.get(text.strip(), text))
     except (ValueError, RecursionError):
         return text
-
-
-def _types(schema: object) -> list[str]:
-    """Return the types that a schema allows, as far as it names them."""
-    if not isinstance(schema, Mapping):
-        return []
-    named = schema.get("type")
-    types = [name for name in (named if isinstance(named, list) else [named]) if isinstance(name, str)]
-    for union in ("anyOf", "oneOf"):
-        if isinstance(choices := schema.get(union), list):
-            types += [name for choice in choices for name in _types(choice)]
-    return types

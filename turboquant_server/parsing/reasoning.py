@@ -9,28 +9,34 @@ from turboquant_server.parsing.source import Source, Steps
 
 
 class Marks(NamedTuple):
-    """The texts around reasoning."""
+    """The texts around reasoning.
+
+    Attributes:
+        opening: Stands before it.
+        closing: Stands after it.
+        is_open: The prompt ends with the opening mark; otherwise an answer may go without reasoning.
+    """
 
     opening: str
     closing: str
+    is_open: bool = False
 
 
 THINK = Marks("<think>", "</think>")
 MISTRAL_THINK = Marks("[THINK]", "[/THINK]")
 
 
-def read_reasoning(source: Source, marks: Marks, is_open: bool) -> Steps[None]:
-    """Read reasoning, if the answer starts with some.
+def read_reasoning(source: Source, marks: Marks) -> Steps[None]:
+    """Read reasoning, if the answer starts with some. Where it is open, some models write the mark once more.
 
     Args:
         source: At the start of the answer.
         marks: What stands around the reasoning.
-        is_open: The prompt ends with the opening mark; some models write it once more.
     """
     yield from source.take_space()
     if (yield from source.take_one_of(marks.opening)) is None:
         source.rewind()
-        if not is_open:
+        if not marks.is_open:
             return
     source.commit()
     if (yield from source.stream_until(Reasoning, marks.closing)):

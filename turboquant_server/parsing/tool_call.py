@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import sys
 from typing import Any
 
 from turboquant_server.parsing.event import ToolCall
@@ -17,7 +19,7 @@ def take_calls(source: Source) -> Wait[list[ToolCall]]:
     """
     text = yield from source.take_json()
     try:
-        value = _load(text)
+        value = load_json(text)
         calls = [read_call(item) for item in (value if isinstance(value, list) else [value])]
     except (ValueError, RecursionError):
         calls = []
@@ -34,7 +36,7 @@ def take_arguments(source: Source, name: str) -> Wait[ToolCall]:
     """
     text = yield from source.take_json()
     try:
-        return make_call(name, _load(text))
+        return make_call(name, load_json(text))
     except (ValueError, RecursionError) as error:
         raise source.malformed() from error
 
@@ -49,7 +51,7 @@ def read_call(item: object) -> ToolCall:
         raise ValueError("no object")
     arguments = item["parameters"] if "parameters" in item else item.get("arguments", {})
     # Some models write the arguments as OpenAI does: as text.
-    return make_call(item.get("name"), _load(arguments) if isinstance(arguments, str) else arguments)
+    return make_call(item.get("name"), load_json(arguments) if isinstance(arguments, str) else arguments)
 
 
 def make_call(name: object, arguments: object) -> ToolCall:
@@ -66,9 +68,20 @@ def make_call(name: object, arguments: object) -> ToolCall:
     return ToolCall(name, text)
 
 
-def _load(text: str) -> Any:
+def load_json(text: str) -> Any:
+    """Return the value that JSON stands for.
+
+    Raises:
+        ValueError: It is no JSON.
+    """
     # Not strict: models write line breaks in texts as they are.
-    return json.loads(text, strict=False, parse_constant=_refuse)
+    return json.loads(text, strict=False, parse_constant=_refuse, parse_float=_read_float)
+
+
+def _read_float(text: str) -> float:
+    """Return a number, or of one beyond all the largest, as JSON cannot tell of infinity."""
+    number = float(text)
+    return number if math.isfinite(number) else math.copysign(sys.float_info.max, number)
 
 
 def _refuse(name: str) -> None:

@@ -1,0 +1,127 @@
+"""POST /v1/responses, OpenAI's newer way to ask for an answer. Keeps nothing of it."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import TYPE_CHECKING
+
+from fastapi import Request
+from fastapi.responses import Response
+from pydantic_core import to_json
+from sse_starlette import ServerSentEvent
+
+from turboquant_server.api.chat_generation import prepare_chat
+from turboquant_server.api.errors import ApiError
+from turboquant_server.api.generation import Outputs, generate, while_client_waits
+from turboquant_server.api.responses_chat import to_chat
+from turboquant_server.api.responses_models import ModelResponse
+from turboquant_server.api.responses_request import ResponsesRequest
+from turboquant_server.api.responses_stream import Event, ResponseWriter
+from turboquant_server.api.streaming import LINE_END, end_with_error, send_events
+from turboquant_server.api.token_report import ChatTokenReport
+
+if TYPE_CHECKING:
+    from turboquant_server.api.prompts import PromptTokenizer
+    from turboquant_server.model_manager import ModelManager
+
+
+async def create_response(
+    model_manager: ModelManager,
+    prompt_tokenizer: PromptTokenizer,
+    body: ResponsesRequest,
+    http_request: Request,
+) -> ModelResponse | Response:
+    """Answer the items of a conversation, at once or as a stream of events.
+
+    Raises:
+        ApiError: The request cannot be served as it is.
+        ClientDisconnect: The client has left before the answer was complete.
+    """
+    chat_body, names = to_chat(body)
+    try:
+        chat = await prepare_chat(model_manager, prompt_tokenizer, chat_body)
+    except ApiError as error:
+        raise error.renamed(names) from error
+    response = _begin(chat.model, body)
+    [answer] = chat.answers
+    writer = ResponseWriter(response, answer, ChatTokenReport(chat_body, prompt_tokenizer))
+    outputs = generate(model_manager, [chat.prompt], response.id)
+    if body.stream:
+        keep_alive = ServerSentEvent(comment="keep-alive", sep=LINE_END)
+        return send_events(
+            _read_events(outputs, writer), model_manager.config.sse_keep_alive_interval, keep_alive
+        )
+
+    async def write() -> None:
+        async for _ in _write_events(outputs, writer):
+            pass
+
+    await while_client_waits(write(), http_request)
+    return writer.response
+
+
+def refuse_stored(response_id: str) -> None:
+    """Tell that there is no response of this id, whatever it is.
+
+    Raises:
+        ApiError: Always (404).
+    """
+    message = f"Response '{response_id[:100]}' not found: this server keeps no responses."
+    raise ApiError(404, message, param="response_id")
+
+
+def _begin(model: str, body: ResponsesRequest) -> ModelResponse:
+    reasoning, text = body.reasoning, body.text
+    text_format = {"type": "text"}
+    if text and text.format:
+        text_format = text.format.model_dump(by_alias=True, exclude_none=True)
+    return ModelResponse(
+        id=f"resp_{uuid.uuid4().hex}",
+        created_at=int(time.time()),
+        model=model,
+        instructions=body.instructions,
+        max_output_tokens=body.max_output_tokens,
+        max_tool_calls=body.max_tool_calls,
+        metadata=body.metadata or {},
+        parallel_tool_calls=body.parallel_tool_calls is not False,
+        reasoning={"effort": reasoning.effort if reasoning else None, "summary": None},
+        temperature=1.0 if body.temperature is None else body.temperature,
+        text={"format": text_format},
+        tool_choice=body.tool_choice or "auto",
+        tools=body.tools or [],
+        top_logprobs=body.top_logprobs or 0,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        presence_penalty=body.presence_penalty or 0.0,
+        prompt_cache_key=body.prompt_cache_key,
+        safety_identifier=body.safety_identifier,
+        user=body.user,
+    )
+
+
+async def _read_events(outputs: Outputs, writer: ResponseWriter) -> AsyncGenerator[ServerSentEvent, None]:
+    async with aclosing(_write_events(outputs, writer)) as events:
+        try:
+            async for event in events:
+                yield _to_sse(event)
+        except Exception as error:
+            for event in writer.fail(end_with_error(error)):
+                yield _to_sse(event)
+
+
+async def _write_events(outputs: Outputs, writer: ResponseWriter) -> AsyncGenerator[Event, None]:
+    for event in writer.begin():
+        yield event
+    async with aclosing(outputs):
+        async for _, output in outputs:
+            for event in await writer.add(output):
+                yield event
+    for event in writer.end():
+        yield event
+
+
+def _to_sse(event: Event) -> ServerSentEvent:
+    return ServerSentEvent(to_json(event).decode(), event=event["type"], sep=LINE_END)
