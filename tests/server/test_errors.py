@@ -1,8 +1,6 @@
 """Whatever a client sends, the answer is OpenAI's error body, which names the field that is at fault.
 
 More than 300 lines, most of them rows of wrong requests.
-
-More than 300 lines: each refusal is a row of one table.
 """
 
 from __future__ import annotations
