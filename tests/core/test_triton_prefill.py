@@ -213,6 +213,9 @@ def test_due_blocks_of_all_layers_are_made_of_their_oldest_tokens(bits: tuple[in
         expected.append(layer.codec.encode(*tokens).transpose(0, 1))
     for uses_kernels in (False, True):
         engine.store.uses_kernels = uses_kernels
+        before = [engine.store.records[index].clone() for index in range(3)]
+        engine.store.warm_up()
+        assert all(torch.equal(engine.store.records[index], before[index]) for index in range(3))
         for index in range(3):
             engine.store.records[index][ids[index]] = 255
         engine.store.make_due_blocks(chunks)

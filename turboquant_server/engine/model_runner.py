@@ -89,6 +89,7 @@ class ModelRunner:
     @torch.inference_mode()
     def capture_graphs(self, max_batch: int, max_model_len: int) -> None:
         """Let decode steps run as CUDA graphs; if that fails, they do not, and the log says why."""
+        self._store.warm_up()
         wanted = torch.zeros(1, dtype=torch.int64, device=self._model.device)
 
         def forward(input_ids: Tensor, position_ids: Tensor) -> Tensor:
