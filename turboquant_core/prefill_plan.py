@@ -99,6 +99,8 @@ class PrefillPlan:
         ring_block_ids: ``[num_of_ring]``, blocks that are made of what slots have once they have kept those.
         ring_slots: ``[num_of_ring]``, in which slot.
         ring_places: ``[num_of_ring]``, and the first token's place.
+        num_seen_by_all: Tokens of the first of `block_ids`, all of which each of the step's tokens sees; 0 if
+            there are several runs.
     """
 
     table: Tensor
@@ -115,6 +117,7 @@ class PrefillPlan:
     ring_block_ids: Tensor
     ring_slots: Tensor
     ring_places: Tensor
+    num_seen_by_all: int
     _drafts: Sequence[_Draft]
 
     @cached_property
@@ -276,9 +279,13 @@ class _Columns:
         )
         tensors["table"] = tensors["table"].view(len(self._drafts), -1)
         tensors["tiles"] = tensors["tiles"].view(-1, 2)
+        num_seen_by_all = 0
         if self._visibility == Visibility():
             tensors["first_visible"] = None
-        return PrefillPlan(**tensors, _drafts=self._drafts)
+            if len(self._drafts) == 1:
+                first = self._drafts[0].chunks[0].blocks
+                num_seen_by_all = BLOCK_SIZE * (first.stop - first.start)
+        return PrefillPlan(**tensors, num_seen_by_all=num_seen_by_all, _drafts=self._drafts)
 
 
 def _exact_start(chunk: Chunk, timeline: Timeline) -> int:

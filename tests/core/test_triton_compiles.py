@@ -70,6 +70,7 @@ def test_kernels_compile_and_fit(
     assert set(result["kernels"]) == {
         "_encode",
         "_keep",
+        "_add",
         "_read",
         "_read_plain",
         "_multiply",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from paged_requests import FULL, SMALL, Engine, Layer, Request, Shape, Tokens, make_codec, random_tokens
@@ -16,6 +18,7 @@ from triton import language
 from triton.runtime import interpreter
 
 from turboquant_core.kernels import triton_prefill
+from turboquant_core.kernels.triton_found import Found, add_found
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
@@ -183,6 +186,20 @@ def test_outputs_have_the_error_of_the_models_arithmetic(shape: Shape, dtype: to
     engine = engine_of(shape, (4, 4), dtype=dtype)
     tokens = random_tokens(shape, 140, seed=6, dtype=dtype)
     compute(engine, engine.open(tokens, 140), 140, tolerance=4 * torch.finfo(dtype).eps)
+
+
+def test_what_is_found_elsewhere_is_added_by_its_weight() -> None:
+    numbers = torch.Generator().manual_seed(12)
+    parts = [torch.randn(37, 3, 24, generator=numbers) for _ in range(2)]
+    weights = [3 * torch.randn(37, 3, generator=numbers) for _ in range(2)]
+    found = Found(parts[0].clone().to(DEVICE), weights[0].clone().to(DEVICE))
+    others = parts[1].transpose(0, 1).contiguous(), (weights[1].T * math.log(2)).contiguous()
+    add_found(found, *(each.to(DEVICE) for each in others))
+    shares = torch.stack(weights).double().mul(math.log(2)).softmax(0)
+    expected = sum(part.double() * share[..., None] for part, share in zip(parts, shares, strict=True))
+    torch.testing.assert_close(found.averages.cpu().double(), expected, rtol=1e-5, atol=1e-6)
+    total = torch.logaddexp2(*(each.double() for each in weights))
+    torch.testing.assert_close(found.weights.cpu().double(), total, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("bits", [(4, 3), None])

@@ -29,9 +29,10 @@ from turboquant_core.block_quantizer import KEY_SCALE, VALUE_SCALE, BlockQuantiz
 from turboquant_core.exact_codec import ExactCodec
 from turboquant_core.kernels.triton_decode import decode
 from turboquant_core.kernels.triton_encode import encode_blocks
+from turboquant_core.kernels.triton_found import add_found, nothing_found
 from turboquant_core.kernels.triton_keep import keep_tokens
 from turboquant_core.kernels.triton_multiply import multiply
-from turboquant_core.kernels.triton_prefill import attend_exact, attend_stored, nothing_found
+from turboquant_core.kernels.triton_prefill import attend_exact, attend_stored
 from turboquant_core.kernels.triton_read import read_blocks
 from turboquant_core.reference import AttentionOptions
 from turboquant_core.step_plan import DecodeTables
@@ -111,6 +112,7 @@ def launch(shape: Launch) -> None:
     attend_exact(queries, new, (keys, values), found, plan, options)
     by_token = [states.transpose(0, 1) for states in stored]
     attend_stored(queries, *by_token, slice(0, 2), found, plan, options, continues=True)
+    add_found(found, found.averages.to(dtype).transpose(0, 1), found.weights.T.contiguous())
     # Of many tokens at once.
     _, matrices, _ = codec.value_quantizer.transform.matrices(queries.device)
     averages, weights = torch.zeros(600, num_heads, shape.value_dim), torch.zeros(600, num_heads)

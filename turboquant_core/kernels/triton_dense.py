@@ -96,7 +96,7 @@ def _attend_keys(
 
 
 @triton.jit(
-    do_not_specialize=["first_of_piece", "blocks_of_piece", "group"],
+    do_not_specialize=["first_of_piece", "blocks_of_piece", "first_key", "group"],
     do_not_specialize_on_alignment=["table", "tiles", "exact_starts", "all_first_visible", "held_places"],
 )
 def attend_dense(
@@ -114,6 +114,7 @@ def attend_dense(
     held_places,
     first_of_piece,
     blocks_of_piece,
+    first_key,
     group,
     query_stride,
     query_head_stride,
@@ -162,8 +163,6 @@ def attend_dense(
         begin_block = tl.maximum(first_block, first_of_piece)
         end_block = tl.minimum(first_block + tl.load(run + 8).to(tl.int32), first_of_piece + blocks_of_piece)
         num_keys = tl.maximum(end_block - begin_block, 0) * 64
-        if CONTINUES and num_keys == 0:
-            return
         key_start = tl.load(run + 9).to(tl.int32) + (begin_block - first_block) * 64
         keys += (begin_block - first_of_piece).to(tl.int64) * 64 * key_stride
         values += (begin_block - first_of_piece).to(tl.int64) * 64 * value_stride
@@ -195,12 +194,14 @@ def attend_dense(
         end = tl.minimum(num_keys, first_row + ROWS)
     else:
         last_row = tl.minimum(first_row + ROWS, num_tokens) - 1
-        begin = tl.maximum(lowest - key_start, 0) // COLS * COLS
+        begin = tl.maximum(lowest - key_start, first_key) // COLS * COLS
         # From here on not all of these queries see all keys.
-        middle = tl.maximum(tl.minimum(num_keys, lowest_exact - key_start), 0) // COLS * COLS
+        middle = tl.maximum(tl.minimum(num_keys, lowest_exact - key_start) // COLS * COLS, begin)
         end = tl.minimum(num_keys, tl.load(exact_starts + last_row).to(tl.int32) - key_start)
         if HAS_WINDOW:
             middle = begin
+        if CONTINUES and end <= begin:
+            return
     top = tl.full([ROWS], LOWEST, tl.float32)
     denominator = tl.zeros([ROWS], tl.float32)
     sums = tl.zeros([ROWS, VALUE_COLS], tl.float32)

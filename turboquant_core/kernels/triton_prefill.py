@@ -9,16 +9,16 @@ stored in; queries are brought there, and averages back.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 from torch import Tensor
 
 from turboquant_core.config import BLOCK_SIZE
 from turboquant_core.exact_codec import ExactCodec
+from turboquant_core.kernels.cudnn_past import attend_past
 from turboquant_core.kernels.triton_dense import attend_dense
 from turboquant_core.kernels.triton_exact import LOG2_E
+from turboquant_core.kernels.triton_found import Found, nothing_found
 from turboquant_core.kernels.triton_multiply import multiply
 from turboquant_core.kernels.triton_read import read_blocks
 from turboquant_core.prefill_plan import TILE_SIZE, PrefillPlan
@@ -26,24 +26,6 @@ from turboquant_core.reference import AttentionOptions, Codec
 
 # Numbers of keys and values that are read at once; in 16 bits they stay in the L2 cache until they are used.
 _SCRATCH_NUMBERS = 2**24
-
-
-class Found(NamedTuple):
-    """What has been found for each token and head.
-
-    Attributes:
-        averages: Of values, float32 ``[num_tokens, num_heads, value_dim]``, contiguous.
-        weights: Their weights' base-2 logarithms, float32 ``[num_tokens, num_heads]``; very low for none.
-    """
-
-    averages: Tensor
-    weights: Tensor
-
-
-def nothing_found(num_tokens: int, num_heads: int, value_dim: int, device: torch.device) -> Found:
-    """Return what the first call writes to; nothing in it is read."""
-    averages = torch.empty(num_tokens, num_heads, value_dim, device=device)
-    return Found(averages, torch.empty(num_tokens, num_heads, device=device))
 
 
 def attend_exact(
@@ -75,6 +57,7 @@ def attend_stored(
     found: Found,
     plan: PrefillPlan,
     options: AttentionOptions,
+    first_key: int = 0,
     *,
     continues: bool,
 ) -> None:
@@ -88,9 +71,22 @@ def attend_stored(
         found: What is found is added to it.
         plan: Which of them each query sees.
         options: How scores are made; sink scores are left out.
+        first_key: What is before this key has been attended to.
         continues: Something has been found before; otherwise `found` is overwritten.
     """
-    _launch(queries, keys, values, None, found, plan, options, piece, is_exact=False, continues=continues)
+    _launch(
+        queries,
+        keys,
+        values,
+        None,
+        found,
+        plan,
+        options,
+        piece,
+        first_key,
+        is_exact=False,
+        continues=continues,
+    )
 
 
 def _launch(
@@ -102,6 +98,7 @@ def _launch(
     plan: PrefillPlan,
     options: AttentionOptions,
     piece: slice = slice(0, 0),
+    first_key: int = 0,
     *,
     is_exact: bool,
     continues: bool,
@@ -130,6 +127,7 @@ def _launch(
             plan.held_places,
             piece.start,
             piece.stop - piece.start,
+            first_key,
             num_heads // num_kv_heads,
             *queries.stride()[:2],
             *keys.stride()[:2],
@@ -221,5 +219,8 @@ def _attend_blocks(
         # A head's numbers lie together.
         keys, values = queries.new_empty(*sizes, key_dim), queries.new_empty(*sizes, value_dim)
         read_blocks(records, plan.block_ids[piece], codec, keys, values)
+        continues = continues or first > 0
+        num_attended = attend_past(queries, keys, values, piece, found, plan, options, continues=continues)
+        continues = continues or num_attended > 0
         by_token = keys.transpose(0, 1), values.transpose(0, 1)
-        attend_stored(queries, *by_token, piece, found, plan, options, continues=continues or first > 0)
+        attend_stored(queries, *by_token, piece, found, plan, options, num_attended, continues=continues)

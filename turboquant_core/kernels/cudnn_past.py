@@ -1,0 +1,126 @@
+"""Attention to a long past by cuDNN, which is faster where all queries see all keys.
+
+On an H200, 2,048 queries of 32 heads over 6,144 keys of 8 take it 306 us; Triton's kernel takes 460. It is
+called by a name that torch does not document, so what it gives is checked once.
+"""
+# mypy: disable-error-code="no-untyped-call"
+# (torch's own methods)
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from turboquant_core.config import BLOCK_SIZE
+from turboquant_core.kernels.triton_exact import LOG2_E
+from turboquant_core.kernels.triton_found import Found, add_found
+from turboquant_core.prefill_plan import PrefillPlan
+from turboquant_core.reference import AttentionOptions
+
+logger = logging.getLogger(__name__)
+
+# cuDNN makes a plan for each pair of numbers of queries and of keys, so there are few of both.
+_QUERIES, _KEYS = 512, 2048
+# What it is faster on, as far as that is known.
+_CAPABILITIES = (9, 10)
+
+_attend = torch.ops.aten._scaled_dot_product_cudnn_attention
+
+# Whether it gives what it should; None before it has been tried.
+_works: bool | None = None
+
+
+def attend_past(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    piece: slice,
+    found: Found,
+    plan: PrefillPlan,
+    options: AttentionOptions,
+    *,
+    continues: bool,
+) -> int:
+    """Attend to the first of the keys and values that were read from blocks; to none if it is not faster.
+
+    Args:
+        queries: ``[num_tokens, num_heads, key_dim]``, for keys as they are given here.
+        keys: ``[num_kv_heads, num_keys, key_dim]``, contiguous.
+        values: ``[num_kv_heads, num_keys, value_dim]``, contiguous.
+        piece: Which of the plan's blocks they are of.
+        found: What is found is added to it.
+        plan: Which of them each query sees.
+        options: How scores are made; sink scores are left out.
+        continues: Something has been found before; otherwise `found` is overwritten.
+
+    Returns:
+        To how many of the keys.
+    """
+    if _works is False or not _is_taken(queries, values, plan, options):
+        return 0
+    seen_by_all = plan.num_seen_by_all - piece.start * BLOCK_SIZE
+    num_keys: int = min(seen_by_all, keys.shape[1]) // _KEYS * _KEYS
+    if num_keys <= 0:
+        return 0
+    keys, values = keys[:, :num_keys], values[:, :num_keys]
+    result = _try(queries, keys, values, options.softmax_scale)
+    if result is None:
+        return 0
+    averages, weights = result
+    if continues:
+        add_found(found, averages, weights)
+    else:
+        found.averages.copy_(averages.transpose(0, 1))
+        torch.mul(weights.T, LOG2_E.value, out=found.weights)
+    return num_keys
+
+
+def _try(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor] | None:
+    """Return averages ``[num_heads, num_tokens, value_dim]`` and their weights; None if it fails."""
+    global _works
+    try:
+        averages, weights, *_ = _attend(
+            queries.transpose(0, 1)[None], keys[None], values[None], None, True, scale=scale
+        )
+        averages, weights = averages[0], weights.view(len(weights[0]), -1)
+        if _works is None:
+            _works = _is_right(queries, keys, values, scale, averages, weights)
+            reason = "its results are wrong"
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        _works, reason = False, str(error).partition("\n")[0]
+    if not _works:
+        logger.warning("Triton attends to long pasts, not cuDNN, which is faster: %s", reason)
+        return None
+    return averages, weights
+
+
+def _is_right(
+    queries: Tensor, keys: Tensor, values: Tensor, scale: float, averages: Tensor, weights: Tensor
+) -> bool:
+    """Compute a few queries in float32, and tell whether they are as given."""
+    some = slice(None, None, -(-len(queries) // 8))
+    grouped = queries[some].float().transpose(0, 1).unflatten(0, (len(keys), -1))
+    scores = scale * (grouped @ keys.float()[:, None].mT)
+    expected = (scores.softmax(-1) @ values.float()[:, None]).flatten(0, 1)
+    error = (averages[:, some].float() - expected).norm() / expected.norm()
+    error_of_weights = (weights[:, some] - scores.logsumexp(-1).flatten(0, 1)).abs().amax()
+    return bool(torch.maximum(error, error_of_weights) < 0.02)
+
+
+def _is_taken(queries: Tensor, values: Tensor, plan: PrefillPlan, options: AttentionOptions) -> bool:
+    num_tokens, _, key_dim = queries.shape
+    return (
+        plan.num_seen_by_all >= _KEYS
+        and num_tokens % _QUERIES == 0
+        and options.softcap is None
+        and queries.dtype in (torch.bfloat16, torch.float16)
+        and key_dim == values.shape[2] <= 128
+        and key_dim % 8 == 0
+        and queries.device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(queries.device)[0] in _CAPABILITIES
+    )
