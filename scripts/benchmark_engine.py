@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import json
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -271,6 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "model": Path(args.model or "turboquant-demo").name,
         "load_format": args.load_format,
         "past": args.past,
+        "command": shlex.join(["python", "scripts/benchmark_engine.py", *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).date().isoformat(),
         "device": torch.cuda.get_device_name() if on_gpu else platform.machine(),
         "torch": torch.__version__,

@@ -16,6 +16,7 @@ import argparse
 import gc
 import json
 import platform
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
@@ -149,6 +150,7 @@ def benchmark(name: str | None, args: argparse.Namespace) -> dict[str, Any]:
         "parameters": model.num_parameters(),
         "weight_bytes": sum(weight.nbytes for weight in model.parameters()),
         "load_format": args.load_format,
+        "command": shlex.join(["python", "scripts/benchmark_kv.py", *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).date().isoformat(),
         "device": torch.cuda.get_device_name() if model.device.type == "cuda" else platform.machine(),
         "torch": torch.__version__,

@@ -158,7 +158,7 @@ async def _generate_served(
 async def _answer(
     manager: ModelManager, prompt: list[int], num_tokens: int, watch: _Stopwatch | None
 ) -> tuple[list[int], list[Lap], int]:
-    """Return an answer, its laps, and the bytes of the cache that the request held just before its end."""
+    """Return an answer, its laps, and the most bytes of the cache that the request was seen to hold."""
     token_ids: list[int] = []
     laps: list[Lap] = []
     held_bytes = 0
@@ -168,7 +168,7 @@ async def _answer(
         token_ids += output.token_ids
         if watch and len(token_ids) in (1, num_tokens):
             laps.append(watch.lap())
-        state = manager.engine_state() if len(token_ids) == num_tokens - 1 else None
-        if state is not None:
-            held_bytes = state.usage.held_bytes
+        # The engine is ahead of what is read here, and holds nothing once it has ended.
+        state = manager.engine_state()
+        held_bytes = max(held_bytes, 0 if state is None else state.usage.held_bytes)
     return token_ids, laps, held_bytes
