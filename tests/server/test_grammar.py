@@ -255,6 +255,8 @@ def test_a_tokenizer_that_is_not_fast_is_told() -> None:
 def test_a_model_whose_answers_have_no_end_is_told() -> None:
     with pytest.raises(GrammarError, match="the model has no token that ends an answer"):
         GrammarCompiler(TOKENIZER, VOCAB_SIZE, ()).compile(GrammarKind.REGEX, "a")
+    with pytest.raises(GrammarError, match="the model has no token that ends an answer"):
+        GrammarCompiler(TOKENIZER, 128_256, [128_001]).compile(GrammarKind.REGEX, "a")
 
 
 def test_logits_may_be_fewer_than_the_tokenizers_tokens() -> None:

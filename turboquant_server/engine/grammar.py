@@ -74,7 +74,8 @@ class GrammarCompiler:
         is_fast = self._serialized is not None
         self._marks = [token.content for token in tokenizer.added_tokens_decoder.values()] if is_fast else []
         self._num_tokens = max(vocab_size, len(tokenizer))
-        self._eos_token_ids = sorted(eos_token_ids)
+        # A model of random weights may have a tokenizer that lacks them.
+        self._eos_token_ids = sorted(token_id for token_id in eos_token_ids if token_id < len(tokenizer))
         self._tokenizer: LLTokenizer | None = None
         self._lock = Lock()
         self._executor = LLExecutor()
