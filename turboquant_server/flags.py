@@ -112,11 +112,12 @@ def _with_dashes(argument: str) -> str:
 def _describe_unknown(arguments: Sequence[str]) -> str:
     """Name the flags only: what follows them may be a secret."""
     flags = [argument.partition("=")[0] for argument in arguments if argument.startswith("-")]
+    if not flags:
+        return "unrecognized arguments: a value without a flag; the model is given by --model"
     fields = ServerConfig.model_fields
     known = [flag(name) for name in (*fields, *ALIASES)]
     known += [flag(f"no_{name}") for name, field in fields.items() if field.annotation is bool]
-    hint = did_you_mean(flags[0], known) if flags else ""
-    return f"unrecognized arguments: {' '.join(flags or arguments)}{hint}"
+    return f"unrecognized arguments: {' '.join(flags)}{did_you_mean(flags[0], known)}"
 
 
 def _source(name: str, arguments: Mapping[str, object]) -> str:

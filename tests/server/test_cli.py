@@ -151,7 +151,7 @@ def test_a_flag_beats_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
         ("--no-prefix-caching", ("unrecognized arguments: --no-prefix-caching; did you mean",)),
         ("--config nothing.yaml", ("--config nothing.yaml: cannot be read (No such file",)),
         ("--ssl-keyfile a.pem", ("give both --ssl-certfile and --ssl-keyfile, or none",)),
-        ("model", ("unrecognized arguments", "model")),
+        ("a/model", ("unrecognized arguments: a value without a flag; the model is given by --model",)),
     ],
 )
 def test_a_wrong_flag_ends_with_one_sentence(
@@ -230,7 +230,7 @@ def test_a_request_that_a_stop_cuts_off_leaves_no_traceback(
 ) -> None:
     monkeypatch.setattr(logging.getLogger("uvicorn.error"), "filters", [])
     monkeypatch.setattr(logging.getLogger("huggingface_hub"), "propagate", True)
-    cli._configure_logging()
+    cli.configure_logging()
     logging.getLogger("uvicorn.error").error("Exception in ASGI application", exc_info=error)
     assert bool(caplog.records) is is_logged
 

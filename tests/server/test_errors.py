@@ -113,9 +113,10 @@ def test_unknown_fields_cannot_flood_the_log(
         (CHAT, {"messages": []}, "Invalid 'messages': list should have at least 1 item"),
         (COMPLETIONS, {"prompt": ["a"] * 2049}, "Invalid 'prompt': list should have at most 2048 items"),
         (COMPLETIONS, {"temperature": 3}, "Invalid 'temperature': input should be less than or equal to 2."),
+        (CHAT, {"stop": ""}, "Invalid 'stop': string should have at least 1 character."),
         (COMPLETIONS, {"\ud800": 1}, "Invalid body: input should be a valid string"),
     ],
-    ids=["message", "options", "no messages", "prompts", "temperature", "name"],
+    ids=["message", "options", "no messages", "prompts", "temperature", "stop", "name"],
 )
 def test_the_message_says_what_the_value_should_be(
     http: httpx.Client, path: str, fields: dict[str, Any], message: str
@@ -153,6 +154,11 @@ def test_a_long_wrong_name_is_not_sent_back_whole(http: httpx.Client) -> None:
             {"messages": [{"role": "assistant", "content": "a", "tool_calls": [{"id": "1"}]}]},
             "messages[0].tool_calls[0].function",
         ),
+        (
+            {"messages": [{"role": "assistant", "content": None, "function_call": {"name": "f"}}]},
+            "messages[0].function_call",
+        ),
+        ({"response_format": {"type": "json_object", "schema": {}}}, "response_format.schema"),
         ({"model": 3}, "model"),
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": 2.1}, "temperature"),

@@ -225,5 +225,5 @@ def test_a_silent_stream_has_pings(running_server: Any, tiny_model_dir: Path) ->
         silent = [next(lines) for _ in range(9)]
         held.let_go()
         rest = [line for line in lines if line and "ping" not in line]  # there may be more
-    assert silent == ["event: ping", 'data: {"type": "ping"}', ""] * 3
-    assert rest[-2:] == ["event: message_stop", 'data: {"type": "message_stop"}']
+    assert silent == ["event: ping", 'data: {"type":"ping"}', ""] * 3
+    assert rest[-2:] == ["event: message_stop", 'data: {"type":"message_stop"}']

@@ -36,6 +36,7 @@ PATH = "/v1/messages"
 USER: Any = {"role": "user", "content": "What is the access code?"}
 MESSAGES: Any = [USER]
 WEATHER: Any = {"name": "get_weather", "input_schema": {"type": "object"}}
+STRANGE = {"type": "json_schema", "schema": {"type": "strange"}}
 
 
 @pytest.fixture
@@ -251,6 +252,8 @@ def test_blocks_that_do_not_fit_are_refused_by_their_path(
         ({"thinking": {"type": "loud"}}, "thinking.type"),
         ({"output_config": {"effort": "huge"}}, "output_config.effort"),
         ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format.schema"),
+        ({"output_config": {"format": STRANGE}}, "output_config.format.schema"),
+        ({"output_format": STRANGE}, "output_format.schema"),
     ],
     ids=str,
 )
@@ -261,3 +264,10 @@ def test_wrong_tools_are_refused_by_their_path(
         ask(anthropic_client, tools=[WEATHER], extra_body=fields)
     body: Any = caught.value.body
     assert f"'{path}'" in body["error"]["message"]
+
+
+def test_the_name_of_a_tool_may_be_as_long_as_anthropics(http: httpx.Client, engine: ScriptedEngine) -> None:
+    engine.texts = ["Hi"]
+    for length, status in ((128, 200), (129, 400)):
+        body = {"messages": MESSAGES, "max_tokens": 5, "tools": [{**WEATHER, "name": "a" * length}]}
+        assert http.post(PATH, json=body).status_code == status

@@ -181,6 +181,17 @@ def test_errors_about_both_wishes_for_a_grammar_have_the_names_of_this_api(http:
     assert error["param"] == "structured_outputs.regex" and "'text.format'" in error["message"]
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_wrong_schema_of_a_tool_has_the_name_of_this_api(
+    http: httpx.Client, server: Any, monkeypatch: pytest.MonkeyPatch, strict: bool
+) -> None:
+    install(monkeypatch, server.model_manager)
+    schema = {"type": "object", "properties": {"a": {"type": "strange"}}}
+    wrong = {"type": "function", "name": "g", "parameters": schema, "strict": strict}
+    wish = {"text": {"format": {"type": "json_object"}}} if strict else {"tool_choice": "required"}
+    assert error_of(http, tools=[FUNCTION, wrong], **wish)["param"] == "tools[1].parameters"
+
+
 def test_what_the_template_does_not_take_is_the_input(
     http: httpx.Client, server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

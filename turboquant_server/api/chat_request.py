@@ -9,8 +9,11 @@ from pydantic import AfterValidator, ConfigDict, Field, ValidationInfo, field_va
 from pydantic_core import PydanticCustomError
 
 from turboquant_server.api.generation_request import CompletionsRequest
-from turboquant_server.api.request_model import RequestModel, Text, only
+from turboquant_server.api.request_model import NonEmptyText, RequestModel, Text, only
 from turboquant_server.engine.sampling_params import MAX_LOGPROBS
+
+# As long as Anthropic's API has it; OpenAI's ends at 64.
+ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,128}$")]
 
 
 class TextPart(RequestModel):
@@ -34,7 +37,7 @@ def _check_arguments(text: str) -> str:
 class CalledFunction(RequestModel):
     """What an earlier answer called."""
 
-    name: Annotated[Text, Field(min_length=1)]
+    name: NonEmptyText
     arguments: Annotated[Text, AfterValidator(_check_arguments)]
 
 
@@ -43,7 +46,7 @@ class EarlierToolCall(RequestModel):
 
     harmless_fields = frozenset({"index"})
 
-    id: Annotated[Text, Field(min_length=1)]
+    id: NonEmptyText
     type: Literal["function"] = "function"
     function: CalledFunction
 
@@ -56,6 +59,7 @@ class ChatMessage(RequestModel):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     # Before the content, which may be missing beside calls.
     tool_calls: Annotated[list[EarlierToolCall], Field(fail_fast=True)] | None = None
+    function_call: Annotated[Any, only()] = None
     content: Text | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)] | None = Field(
         None, validate_default=True
     )
@@ -63,7 +67,6 @@ class ChatMessage(RequestModel):
     tool_call_id: Text | None = Field(None, validate_default=True)
     reasoning: Text | None = None
     reasoning_content: Text | None = None
-    function_call: Annotated[Any, only()] = None
     audio: Annotated[Any, only()] = None
 
     @field_validator("tool_calls")
@@ -77,7 +80,8 @@ class ChatMessage(RequestModel):
     @classmethod
     def _check_content(cls, content: object, info: ValidationInfo) -> object:
         # Where calls are given and wrong, they have an error of their own.
-        if content is None and not info.data.get("tool_calls", True):
+        is_right = info.data.keys() >= {"tool_calls", "function_call"}
+        if content is None and is_right and not info.data["tool_calls"]:
             raise PydanticCustomError("missing", "Field required")
         return content
 
@@ -92,7 +96,7 @@ class ChatMessage(RequestModel):
 class FunctionDefinition(RequestModel):
     """A function that the model may call."""
 
-    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    name: ToolName
     description: Text | None = None
     parameters: dict[str, Any] | None = None
     # A wish, where the model may also answer without a call: nothing makes it keep to the schema then.

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-from turboquant_server.api.request_model import RequestModel, Text, only
+from turboquant_server.api.request_model import NonEmptyText, RequestModel, Text, only
 from turboquant_server.engine.sampling_params import MAX_LOGPROBS
 
 MAX_STOP_STRINGS = 16
@@ -49,6 +49,10 @@ class ResponseFormat(RequestModel):
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = Field(default=None, validate_default=True)
+    # llama.cpp's place for it.
+    schema_of_object: Annotated[
+        Any, only(reason="A schema is given as 'response_format.json_schema.schema'")
+    ] = Field(default=None, alias="schema")
 
     @field_validator("json_schema")
     @classmethod
@@ -93,11 +97,7 @@ class GenerationRequest(RequestModel):
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
     top_k: Annotated[int, Field(ge=-1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: (
-        Annotated[Text, Field(min_length=1)]
-        | Annotated[list[Annotated[Text, Field(min_length=1)]], Field(max_length=MAX_STOP_STRINGS)]
-        | None
-    ) = None
+    stop: NonEmptyText | Annotated[list[NonEmptyText], Field(max_length=MAX_STOP_STRINGS)] | None = None
     stop_token_ids: Annotated[list[int], Field(max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
@@ -115,7 +115,7 @@ class GenerationRequest(RequestModel):
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     # Requests with different ones share nothing, so that nobody learns from the time to the first token what
     # others have asked.
-    cache_salt: Annotated[Text, Field(min_length=1)] | None = None
+    cache_salt: NonEmptyText | None = None
 
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -22,12 +21,14 @@ from turboquant_server.api.messages_error import to_messages_error
 from turboquant_server.api.messages_models import Message, MessageUsage, StopReason, TokenCount
 from turboquant_server.api.messages_request import CountTokensRequest, MessagesRequest
 from turboquant_server.api.models import resolve_model
-from turboquant_server.api.streaming import LINE_END, end_with_error, send_events
+from turboquant_server.api.streaming import end_with_error, name_event, send_events
 from turboquant_server.engine.request import FinishReason
 
 if TYPE_CHECKING:
     from turboquant_server.api.prompts import PromptTokenizer
     from turboquant_server.model_manager import ModelManager
+
+PING: Event = {"type": "ping"}
 
 
 async def create_message(
@@ -50,9 +51,8 @@ async def create_message(
     message = _OpenMessage(chat.model, answer, body.max_tokens)
     outputs = generate(model_manager, [chat.prompt], message.id)
     if body.stream:
-        keep_alive = _to_sse({"type": "ping"})
         interval = model_manager.config.sse_keep_alive_interval
-        return send_events(_read_events(outputs, message), interval, keep_alive)
+        return send_events(_read_events(outputs, message), interval, name_event(PING))
     await collect(outputs, [answer], http_request)
     message.take_deltas()
     message.blocks.close()
@@ -78,7 +78,8 @@ def _field_names(body: MessagesRequest) -> dict[str, str]:
         f"tools[{index}].function.parameters": f"tools[{index}].input_schema"
         for index in range(len(body.tools or ()))
     }
-    return names | {"response_format.json_schema.schema": "output_config.format.schema"}
+    place = "output_format" if body.schema_format is body.output_format else "output_config.format"
+    return names | {"response_format.json_schema.schema": f"{place}.schema"}
 
 
 class _OpenMessage:
@@ -133,15 +134,13 @@ class _OpenMessage:
         return "end_turn" if self.answer.stop_string is None else "stop_sequence"
 
 
-async def _read_events(
-    outputs: Outputs, message: _OpenMessage
-) -> AsyncGenerator[str | ServerSentEvent, None]:
+async def _read_events(outputs: Outputs, message: _OpenMessage) -> AsyncGenerator[ServerSentEvent, None]:
     async with aclosing(outputs), aclosing(_write_events(outputs, message)) as events:
         try:
             async for event in events:
-                yield _to_sse(event)
+                yield name_event(event)
         except Exception as error:
-            yield _to_sse(to_messages_error(end_with_error(error)).model_dump())
+            yield name_event(to_messages_error(end_with_error(error)).model_dump())
 
 
 async def _write_events(outputs: Outputs, message: _OpenMessage) -> AsyncGenerator[Event, None]:
@@ -151,7 +150,7 @@ async def _write_events(outputs: Outputs, message: _OpenMessage) -> AsyncGenerat
         if is_first:  # before, it is not known how much of the prompt was found in the cache
             start = {**message.body().model_dump(), "stop_reason": None, "stop_sequence": None}
             yield {"type": "message_start", "message": start}
-            yield {"type": "ping"}
+            yield PING
             is_first = False
         for event in message.take_deltas():
             yield event
@@ -159,9 +158,5 @@ async def _write_events(outputs: Outputs, message: _OpenMessage) -> AsyncGenerat
         yield event
     end = message.body()
     delta = {"stop_reason": end.stop_reason, "stop_sequence": end.stop_sequence}
-    yield {"type": "message_delta", "delta": delta, "usage": end.usage.model_dump()}
+    yield {"type": "message_delta", "delta": delta, "usage": end.usage}
     yield {"type": "message_stop"}
-
-
-def _to_sse(event: Event) -> ServerSentEvent:
-    return ServerSentEvent(json.dumps(event, ensure_ascii=False), event=event["type"], sep=LINE_END)

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-from turboquant_server.api.chat_request import TextPart
+from turboquant_server.api.chat_request import TextPart, ToolName
 from turboquant_server.api.generation_request import MAX_STOP_STRINGS
-from turboquant_server.api.request_model import RequestModel, Text, only
+from turboquant_server.api.request_model import NonEmptyText, RequestModel, Text, only
 
 NEEDED_FIELDS: Mapping[str, tuple[str, ...]] = {
     "text": ("text",),
@@ -47,8 +47,8 @@ class ContentBlock(RequestModel):
     type: Literal["text", "thinking", "redacted_thinking", "tool_use", "tool_result"]
     text: Text | None = Field(None, validate_default=True)
     thinking: Text | None = Field(None, validate_default=True)
-    id: Annotated[Text, Field(min_length=1)] | None = Field(None, validate_default=True)
-    name: Annotated[Text, Field(min_length=1)] | None = Field(None, validate_default=True)
+    id: NonEmptyText | None = Field(None, validate_default=True)
+    name: NonEmptyText | None = Field(None, validate_default=True)
     input: Annotated[dict[str, Any], AfterValidator(_check_input)] | None = Field(None, validate_default=True)
     tool_use_id: Text | None = Field(None, validate_default=True)
     content: Text | Annotated[list[TextBlock], Field(fail_fast=True)] | None = None
@@ -85,7 +85,7 @@ class CustomTool(RequestModel):
     )
 
     type: Annotated[str, AfterValidator(_check_tool_type)] | None = None
-    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    name: ToolName
     description: Text | None = None
     input_schema: dict[str, Any]
     strict: bool | None = None
@@ -165,9 +165,7 @@ class MessagesRequest(CountTokensRequest):
     """The body of POST /v1/messages."""
 
     max_tokens: Annotated[int, Field(ge=1)]
-    stop_sequences: (
-        Annotated[list[Annotated[Text, Field(min_length=1)]], Field(max_length=MAX_STOP_STRINGS)] | None
-    ) = None
+    stop_sequences: Annotated[list[NonEmptyText], Field(max_length=MAX_STOP_STRINGS)] | None = None
     stream: bool | None = None
     temperature: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None

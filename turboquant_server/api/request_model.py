@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Annotated, ClassVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, GetPydanticSchema, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetPydanticSchema, model_validator
 from pydantic_core import PydanticCustomError, core_schema
 from typing_extensions import Self
 
@@ -49,6 +49,7 @@ def _check_unicode(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_check_unicode)]
+NonEmptyText = Annotated[str, Field(min_length=1), AfterValidator(_check_unicode)]
 
 
 class RequestModel(BaseModel):

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from fastapi import Request
 from fastapi.responses import Response
-from pydantic_core import to_json
 from sse_starlette import ServerSentEvent
 
 from turboquant_server.api.chat_generation import prepare_chat
@@ -20,7 +19,7 @@ from turboquant_server.api.responses_chat import to_chat
 from turboquant_server.api.responses_models import ModelResponse
 from turboquant_server.api.responses_request import ResponsesRequest
 from turboquant_server.api.responses_stream import Event, ResponseWriter
-from turboquant_server.api.streaming import LINE_END, end_with_error, send_events
+from turboquant_server.api.streaming import KEEP_ALIVE, end_with_error, name_event, send_events
 from turboquant_server.api.token_report import ChatTokenReport
 
 if TYPE_CHECKING:
@@ -50,10 +49,8 @@ async def create_response(
     writer = ResponseWriter(response, answer, ChatTokenReport(chat_body, prompt_tokenizer))
     outputs = generate(model_manager, [chat.prompt], response.id)
     if body.stream:
-        keep_alive = ServerSentEvent(comment="keep-alive", sep=LINE_END)
-        return send_events(
-            _read_events(outputs, writer), model_manager.config.sse_keep_alive_interval, keep_alive
-        )
+        interval = model_manager.config.sse_keep_alive_interval
+        return send_events(_read_events(outputs, writer), interval, KEEP_ALIVE)
 
     async def write() -> None:
         async for _ in _write_events(outputs, writer):
@@ -106,10 +103,10 @@ async def _read_events(outputs: Outputs, writer: ResponseWriter) -> AsyncGenerat
     async with aclosing(_write_events(outputs, writer)) as events:
         try:
             async for event in events:
-                yield _to_sse(event)
+                yield name_event(event)
         except Exception as error:
             for event in writer.fail(end_with_error(error)):
-                yield _to_sse(event)
+                yield name_event(event)
 
 
 async def _write_events(outputs: Outputs, writer: ResponseWriter) -> AsyncGenerator[Event, None]:
@@ -121,7 +118,3 @@ async def _write_events(outputs: Outputs, writer: ResponseWriter) -> AsyncGenera
                 yield event
     for event in writer.end():
         yield event
-
-
-def _to_sse(event: Event) -> ServerSentEvent:
-    return ServerSentEvent(to_json(event).decode(), event=event["type"], sep=LINE_END)

@@ -52,6 +52,10 @@ def to_chat(body: ResponsesRequest) -> tuple[ChatCompletionRequest, dict[str, st
         "logprobs": body.num_logprobs is not None,
         "top_logprobs": body.num_logprobs,
     }
+    names |= {
+        f"tools[{index}].function.parameters": f"tools[{index}].parameters"
+        for index in range(len(body.tools or ()))
+    }
     return ChatCompletionRequest.model_validate(fields), FIELD_NAMES | names
 
 

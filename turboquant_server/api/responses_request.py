@@ -20,7 +20,7 @@ from pydantic_core import PydanticCustomError
 
 from turboquant_server.api.chat_request import CalledFunction, FunctionDefinition
 from turboquant_server.api.generation_request import GenerationRequest, JsonSchema
-from turboquant_server.api.request_model import RequestModel, Text, only
+from turboquant_server.api.request_model import NonEmptyText, RequestModel, Text, only
 from turboquant_server.engine.sampling_params import MAX_LOGPROBS
 
 ITEM_TYPES = ("message", "function_call", "function_call_output", "reasoning")
@@ -82,7 +82,7 @@ class FunctionCallItem(CalledFunction):
     harmless_fields = frozenset({"async", "caller", "id", "namespace", "status"})
 
     type: Literal["function_call"]
-    call_id: Annotated[Text, Field(min_length=1)]
+    call_id: NonEmptyText
 
 
 class FunctionCallOutputItem(RequestModel):

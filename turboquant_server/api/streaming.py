@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
+from typing import Any
 
 from pydantic import BaseModel
+from pydantic_core import to_json
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from sse_starlette.sse import AppStatus
 
@@ -17,6 +19,7 @@ from turboquant_server.engine.request import RequestFailedError
 logger = logging.getLogger(__name__)
 
 LINE_END = "\n"
+KEEP_ALIVE = ServerSentEvent(comment="keep-alive", sep=LINE_END)
 
 
 def finish_streams_on_shutdown() -> None:
@@ -34,8 +37,7 @@ def stream_events(chunks: AsyncGenerator[str, None], keep_alive_interval: float)
         keep_alive_interval: Seconds from one comment to the next, which keep proxies from cutting a stream
             that waits for its first token; 0 sends none.
     """
-    keep_alive = ServerSentEvent(comment="keep-alive", sep=LINE_END)
-    return send_events(_read_events(chunks), keep_alive_interval, keep_alive)
+    return send_events(_read_events(chunks), keep_alive_interval, KEEP_ALIVE)
 
 
 def send_events(
@@ -51,6 +53,11 @@ def send_events(
         ping_message_factory=lambda: keep_alive,
         headers={"Cache-Control": "no-cache"},
     )
+
+
+def name_event(event: Mapping[str, Any]) -> ServerSentEvent:
+    """Return an event that has its type for a name, too, as streams with events of several types do."""
+    return ServerSentEvent(to_json(event).decode(), event=event["type"], sep=LINE_END)
 
 
 def end_with_error(error: Exception) -> ApiError:
