@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: ``--help``, ``--version`` (0) or a wrong flag or variable (2).
     """
     config = parse_config(sys.argv[1:] if argv is None else argv)
-    _configure_logging()
+    configure_logging()
     warn_of_unknown_variables(os.environ)
     # Both signals end the process by KeyboardInterrupt; while uvicorn runs, it takes them and drains first.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -59,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _configure_logging() -> None:
+def configure_logging() -> None:
+    """Log lines with the id of the request that they are about."""
     handler = logging.StreamHandler()
     handler.addFilter(add_request_id)
     line = "%(asctime)s %(levelname)s %(name)s%(request_id)s: %(message)s"

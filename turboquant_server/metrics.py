@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from turboquant_server.engine.observer import Observer
@@ -252,6 +253,22 @@ class Metrics(Observer):
     def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
         histogram = Histogram(PREFIX + name, text, LABELS, registry=self._registry, buckets=buckets)
         return histogram.labels(*self._labels)
+
+
+def merge_metrics(texts: Mapping[str, str]) -> bytes:
+    """Return what several engines tell as one text, in which the label ``engine`` has their names.
+
+    Args:
+        texts: By the engine's name, what ``Metrics.render`` returned there.
+    """
+    merged: dict[str, Metric] = {}
+    for engine, text in texts.items():
+        for family in text_string_to_metric_families(text):
+            same = merged.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            same.samples += [
+                sample._replace(labels={**sample.labels, "engine": engine}) for sample in family.samples
+            ]
+    return generate_latest(_Families(list(merged.values())))
 
 
 class _Families(Collector):

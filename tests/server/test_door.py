@@ -202,7 +202,7 @@ def test_the_log_names_the_request_whose_failure_it_tells_and_no_key(
             monkeypatch.setattr(
                 logging.getLogger(name), attribute, getattr(logging.getLogger(name), attribute)
             )
-    cli._configure_logging()
+    cli.configure_logging()
     monkeypatch.setattr("turboquant_server.api.tokens.check_token_ids", fail)
     response = http.post(
         "/detokenize", json={"tokens": [1]}, headers={"X-Request-Id": "mine", **bearer(KEYS[0])}
