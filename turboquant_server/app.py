@@ -27,8 +27,13 @@ from turboquant_server.api.page import CHAT_PAGE, DOCS_PAGE, add_page
 from turboquant_server.api.prompts import PromptTokenizer
 from turboquant_server.api.request_id import HEADER
 from turboquant_server.api.response_models import ChatCompletion, Completion, ModelCard, ModelList
-from turboquant_server.api.responses import create_response, refuse_stored
-from turboquant_server.api.responses_models import ModelResponse
+from turboquant_server.api.responses import (
+    count_input_tokens,
+    create_response,
+    refuse_compaction,
+    refuse_stored,
+)
+from turboquant_server.api.responses_models import InputTokenCount, ModelResponse
 from turboquant_server.api.responses_request import ResponsesRequest
 from turboquant_server.api.streaming import finish_streams_on_shutdown
 from turboquant_server.api.tokens import (
@@ -83,6 +88,19 @@ def build_app(model_manager: ModelManager) -> FastAPI:
     return app
 
 
+def check_health(model_manager: ModelManager) -> None:
+    """Check that the model is there and the engine works.
+
+    Raises:
+        ApiError: It is not (503).
+    """
+    _check_ready(model_manager)
+    seconds = model_manager.config.step_timeout
+    if model_manager.engine.seconds_in_step > seconds:
+        message = f"The engine has been in one step for more than {seconds} s."
+        raise unavailable(message, "engine_stalled")
+
+
 def _check_ready(model_manager: ModelManager) -> None:
     if not model_manager.is_ready:
         seconds = max(0, int(time.time()) - model_manager.created)
@@ -123,7 +141,15 @@ def _add_api(app: FastAPI, model_manager: ModelManager) -> None:
     async def responses(body: ResponsesRequest, http_request: Request) -> ModelResponse | Response:
         return await create_response(model_manager, prompt_tokenizer, body, http_request)
 
+    @router.post("/v1/responses/input_tokens")
+    async def input_tokens(body: ResponsesRequest) -> InputTokenCount:
+        return await count_input_tokens(model_manager, prompt_tokenizer, body)
+
     # Not in the document, because all that they do is to say why not.
+    @router.post("/v1/responses/compact", include_in_schema=False)
+    async def compact() -> None:
+        refuse_compaction()
+
     @router.api_route("/v1/responses/{response_id}", methods=["GET", "DELETE"], include_in_schema=False)
     @router.post("/v1/responses/{response_id}/cancel", include_in_schema=False)
     async def stored_response(response_id: str) -> None:
@@ -154,10 +180,7 @@ def _add_status(app: FastAPI, model_manager: ModelManager) -> None:
 
     @app.get(HEALTH, responses=ERROR_RESPONSES)
     async def health() -> dict[str, str]:
-        _check_ready(model_manager)
-        if model_manager.engine.seconds_in_step > config.step_timeout:
-            message = f"The engine has been in one step for more than {config.step_timeout} s."
-            raise unavailable(message, "engine_stalled")
+        check_health(model_manager)
         return {"status": "ok"}
 
     @app.get("/version")

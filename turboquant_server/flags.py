@@ -28,10 +28,11 @@ def parse_config(argv: Sequence[str]) -> ServerConfig:
         SystemExit: ``--help``, ``--version`` (0) or a wrong flag, variable or file (2).
     """
     parser = _build_parser()
-    namespace, unknown = parser.parse_known_args([_with_dashes(argument) for argument in argv])
+    namespace, unknown = parser.parse_known_args(_name_model([_with_dashes(argument) for argument in argv]))
     if unknown:
         parser.error(_describe_unknown(unknown))
     arguments = vars(namespace)
+    arguments.pop("enable_auto_tool_choice", None)
     try:
         return ServerConfig(**arguments)
     except ConfigFileError as error:
@@ -66,7 +67,7 @@ class _Parser(argparse.ArgumentParser):
 def _build_parser() -> _Parser:
     parser = _Parser(
         PROGRAM,
-        usage=f"{PROGRAM} [flags]",
+        usage=f"{PROGRAM} [model] [flags]",
         description="Serve a Hugging Face model with OpenAI's API, each request on a compressed KV cache.",
         epilog=f"Each flag may also be set by a variable, --max-model-len by {ENV_PREFIX}MAX_MODEL_LEN, and "
         "in the file, as max-model-len.",
@@ -79,6 +80,11 @@ def _build_parser() -> _Parser:
         group = parser.add_argument_group(title)
         for name, field in settings.model_fields.items():
             _add_flag(group, name, field)
+    parser.add_argument(
+        "--enable-auto-tool-choice",
+        action="store_true",
+        help="changes nothing, because it is always so: a model that can call tools may do so",
+    )
     return parser
 
 
@@ -107,6 +113,14 @@ def _with_dashes(argument: str) -> str:
         return argument
     name, equals, value = argument.partition("=")
     return name.replace("_", "-") + equals + value
+
+
+def _name_model(arguments: list[str]) -> list[str]:
+    """Read a model that comes first, as after ``vllm serve``, as --model."""
+    is_named = any(argument.partition("=")[0] == "--model" for argument in arguments)
+    if is_named or not arguments or arguments[0].startswith("-"):
+        return arguments
+    return ["--model", *arguments]
 
 
 def _describe_unknown(arguments: Sequence[str]) -> str:

@@ -122,6 +122,16 @@ def test_underscores_are_accepted_in_flags_and_kept_in_values() -> None:
     assert (config.max_model_len, config.served_model_name, config.model) == (100, ("a_b",), "c_d=e_f")
 
 
+@pytest.mark.parametrize("rest", ["", "--bits 3", "--served-model-name a b", "--enable-auto-tool-choice"])
+def test_a_model_may_come_first_without_its_flag(rest: str) -> None:
+    assert parse_config(["a/model", *rest.split()]) == parse_config(["--model", "a/model", *rest.split()])
+
+
+def test_vllms_flag_for_tools_changes_nothing() -> None:
+    for flag in ("--enable-auto-tool-choice", "--enable_auto_tool_choice"):
+        assert parse_config([flag]) == ServerConfig()
+
+
 def test_a_flag_beats_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TURBOQUANT_BITS", "5")
     monkeypatch.setenv("TURBOQUANT_SERVED_MODEL_NAME", "a b")
@@ -151,7 +161,10 @@ def test_a_flag_beats_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
         ("--no-prefix-caching", ("unrecognized arguments: --no-prefix-caching; did you mean",)),
         ("--config nothing.yaml", ("--config nothing.yaml: cannot be read (No such file",)),
         ("--ssl-keyfile a.pem", ("give both --ssl-certfile and --ssl-keyfile, or none",)),
-        ("a/model", ("unrecognized arguments: a value without a flag; the model is given by --model",)),
+        ("--bits 4 a/model", ("unrecognized arguments: a value without a flag; the model is given by",)),
+        ("a/model --model b", ("unrecognized arguments: a value without a flag",)),
+        ("a/model --bits 5", ("--bits", "2, 3, 4 or 8", "'5'")),
+        ("--no-enable-auto-tool-choice", ("unrecognized arguments: --no-enable-auto-tool-choice",)),
     ],
 )
 def test_a_wrong_flag_ends_with_one_sentence(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import anthropic.types
 import httpx
 import openai
 import pytest
+from anthropic import Anthropic
 from openai import OpenAI
 from openai.types import Model
 
@@ -24,6 +26,18 @@ def test_one_model_is_described_by_any_of_its_names(client: OpenAI, name: str) -
     model = client.models.retrieve(name)
     assert model.id == name
     assert model in client.models.list().data
+
+
+def test_models_are_also_those_of_anthropics_sdk(anthropic_client: Anthropic, http: httpx.Client) -> None:
+    models = list(anthropic_client.models.list())
+    assert [(model.id, model.display_name, model.type) for model in models] == [
+        ("tiny", "tiny", "model"),
+        ("alias", "alias", "model"),
+    ]
+    assert anthropic_client.models.retrieve("alias") == models[1]
+    text = http.get("/v1/models/tiny").text
+    model = anthropic.types.ModelInfo.model_validate_json(text, strict=True)
+    assert model.created_at.timestamp() == http.get("/v1/models/tiny").json()["created"]
 
 
 @pytest.mark.parametrize("name", ["gpt-4", "owner/model", "tiny/more", "tiny "])

@@ -96,6 +96,22 @@ def test_what_was_asked_for_comes_back(client: OpenAI, engine: ScriptedEngine) -
     assert told["reasoning"] == {"effort": "low", "summary": None}
 
 
+def test_an_input_has_the_tokens_that_a_response_to_it_counts(client: OpenAI, engine: ScriptedEngine) -> None:
+    fields: Any = {"model": "tiny", "instructions": "Be brief.", "input": QUESTION, "tools": [WEATHER]}
+    count = client.responses.input_tokens.count(**fields)
+    assert count.object == "response.input_tokens"
+    usage = answer(client, engine, "Hi", **fields).usage
+    assert usage is not None and count.input_tokens == usage.input_tokens
+    with pytest.raises(openai.BadRequestError, match=r"input\[0\]\.call_id"):
+        output: Any = {"type": "function_call_output", "call_id": "a", "output": ""}
+        client.responses.input_tokens.count(model="tiny", input=[output])
+
+
+def test_conversations_are_not_compacted(client: OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="does not compact"):
+        client.responses.compact(model="tiny", input=QUESTION)
+
+
 def test_a_limit_makes_a_response_incomplete(client: OpenAI) -> None:
     response = ask(client, max_output_tokens=5, extra_body={"ignore_eos": True})
     assert response.status == "incomplete" and response.completed_at is None

@@ -86,8 +86,8 @@ def test_a_wrong_item_is_refused_by_its_path(http: httpx.Client, items: Any, par
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"top_logprobs": 21, "include": ["message.output_text.logprobs"]}, "top_logprobs"),
         ({"reasoning": {"effort": "huge"}}, "reasoning.effort"),
-        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
-        ({"tools": [{"type": "custom", "name": "f"}]}, "tools[0].type"),
+        ({"tools": [{"type": "teleport"}]}, "tools[0].type"),
+        ({"tools": [{"type": "custom"}]}, "tools[0].name"),
         ({"tools": [{"type": "function"}]}, "tools[0].name"),
         ({"tools": [{"type": "function", "name": "a b"}]}, "tools[0].name"),
         ({"tools": [FUNCTION]}, "tools"),
@@ -222,14 +222,17 @@ scalars = st.one_of(
     st.floats(),
     st.text(st.characters(), max_size=5),
     st.sampled_from(["user", "message", "function", "auto", "text", "{}", "\ud800"]),
+    st.sampled_from(["custom", "namespace", "grammar", "web_search", "web_search_call", "custom_tool_call"]),
 )
 names = ["type", "role", "content", "text", "name", "format", "call_id", "arguments", "output", "tools"]
+names += ["namespace", "input", "definition", "syntax"]
 documents = st.recursive(
     scalars,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(names), inner, max_size=4),
     max_leaves=8,
 )
 items = st.sampled_from([USER, CALL, OUTPUT, {"type": "reasoning"}, {"role": "assistant", "content": []}])
+items |= st.sampled_from([{"type": "web_search_call"}, {**CALL, "type": "custom_tool_call", "input": "a"}])
 fields = sorted({*ResponsesRequest.model_fields, "unknown"} - {"max_output_tokens"})
 
 

@@ -12,8 +12,8 @@ from turboquant_server.api.generation_request import CompletionsRequest
 from turboquant_server.api.request_model import NonEmptyText, RequestModel, Text, only
 from turboquant_server.engine.sampling_params import MAX_LOGPROBS
 
-# As long as Anthropic's API has it; OpenAI's ends at 64.
-ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,128}$")]
+MAX_NAME_LENGTH = 128  # as Anthropic's API has it; OpenAI's ends at 64
+ToolName = Annotated[str, Field(pattern=rf"^[a-zA-Z0-9_-]{{1,{MAX_NAME_LENGTH}}}$")]
 
 
 class TextPart(RequestModel):

@@ -29,7 +29,7 @@ def check_conversation(messages: Sequence[ChatMessage]) -> None:
             if message.tool_call_id not in known:
                 param = f"messages[{index}].tool_call_id"
                 raise invalid_request(
-                    f"Invalid '{param}': no call of the assistant message before has this id.",
+                    f"Invalid '{param}': no call right before has this id.",
                     param,
                     "invalid_value",
                 )
@@ -48,7 +48,8 @@ def _check_answered(waiting: dict[str, str]) -> None:
     if waiting:
         call_id, param = next(iter(waiting.items()))
         raise invalid_request(
-            f"Invalid '{param}': a message of the role 'tool' with the tool_call_id {call_id!r} must follow.",
+            f"Invalid '{param}': its result must follow, a 'tool message' with the 'tool_call_id' "
+            f"{call_id!r}.",
             param,
             "invalid_value",
         )

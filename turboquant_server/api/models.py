@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
 from turboquant_server.api.errors import ApiError
@@ -28,6 +29,8 @@ def describe_model(model_manager: ModelManager, name: str) -> ModelCard:
         id=resolve_model(model_manager, name),
         created=model_manager.created,
         max_model_len=model_manager.max_model_len,
+        display_name=name,
+        created_at=datetime.fromtimestamp(model_manager.created, timezone.utc),
     )
 
 

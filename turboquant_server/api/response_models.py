@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Literal, TypeAlias
 
 from pydantic import BaseModel, Field
@@ -246,6 +247,12 @@ class ModelCard(BaseModel):
     created: int
     owned_by: str = "turboquant-server"
     max_model_len: int
+
+    # Anthropic's
+    type: Literal["model"] = "model"
+    display_name: str
+    created_at: datetime
+    lifecycle: Literal["active"] = "active"
 
 
 class ModelList(BaseModel):

@@ -12,13 +12,16 @@ from fastapi import Request
 from fastapi.responses import Response
 from sse_starlette import ServerSentEvent
 
-from turboquant_server.api.chat_generation import prepare_chat
+from turboquant_server.api.chat_generation import prepare_chat, write_chat
 from turboquant_server.api.errors import ApiError
 from turboquant_server.api.generation import Outputs, generate, while_client_waits
+from turboquant_server.api.models import resolve_model
+from turboquant_server.api.responses_calls import client_calls
 from turboquant_server.api.responses_chat import to_chat
-from turboquant_server.api.responses_models import ModelResponse
+from turboquant_server.api.responses_models import InputTokenCount, ModelResponse
 from turboquant_server.api.responses_request import ResponsesRequest
 from turboquant_server.api.responses_stream import Event, ResponseWriter
+from turboquant_server.api.responses_tools import HostedTool
 from turboquant_server.api.streaming import KEEP_ALIVE, end_with_error, name_event, send_events
 from turboquant_server.api.token_report import ChatTokenReport
 
@@ -39,6 +42,7 @@ async def create_response(
         ApiError: The request cannot be served as it is.
         ClientDisconnect: The client has left before the answer was complete.
     """
+    calls = client_calls(body.tools)
     chat_body, names = to_chat(body)
     try:
         chat = await prepare_chat(model_manager, prompt_tokenizer, chat_body)
@@ -46,7 +50,7 @@ async def create_response(
         raise error.renamed(names) from error
     response = _begin(chat.model, body)
     [answer] = chat.answers
-    writer = ResponseWriter(response, answer, ChatTokenReport(chat_body, prompt_tokenizer))
+    writer = ResponseWriter(response, answer, ChatTokenReport(chat_body, prompt_tokenizer), calls)
     outputs = generate(model_manager, [chat.prompt], response.id)
     if body.stream:
         interval = model_manager.config.sse_keep_alive_interval
@@ -58,6 +62,33 @@ async def create_response(
 
     await while_client_waits(write(), http_request)
     return writer.response
+
+
+async def count_input_tokens(
+    model_manager: ModelManager, prompt_tokenizer: PromptTokenizer, body: ResponsesRequest
+) -> InputTokenCount:
+    """Count the tokens of an input, as the usage of a response would; it may be longer than the context.
+
+    Raises:
+        ApiError: The model does not take this input (400), or another model is named (404).
+    """
+    resolve_model(model_manager, body.model)
+    client_calls(body.tools)
+    chat_body, names = to_chat(body)
+    try:
+        chat = await write_chat(model_manager, prompt_tokenizer, chat_body)
+    except ApiError as error:
+        raise error.renamed(names) from error
+    return InputTokenCount(input_tokens=len(chat.token_ids))
+
+
+def refuse_compaction() -> None:
+    """Tell that there is nothing that makes conversations shorter.
+
+    Raises:
+        ApiError: Always (404).
+    """
+    raise ApiError(404, "This server does not compact conversations; the client has to shorten its 'input'.")
 
 
 def refuse_stored(response_id: str) -> None:
@@ -88,7 +119,7 @@ def _begin(model: str, body: ResponsesRequest) -> ModelResponse:
         temperature=1.0 if body.temperature is None else body.temperature,
         text={"format": text_format},
         tool_choice=body.tool_choice or "auto",
-        tools=body.tools or [],
+        tools=[tool for tool in body.tools or () if not isinstance(tool, HostedTool)],
         top_logprobs=body.top_logprobs or 0,
         top_p=1.0 if body.top_p is None else body.top_p,
         frequency_penalty=body.frequency_penalty or 0.0,

@@ -6,32 +6,31 @@ from collections.abc import Sequence
 from itertools import groupby, takewhile
 from typing import Any
 
-from turboquant_server.api.chat_request import ChatCompletionRequest, FunctionDefinition
+from turboquant_server.api.chat_request import ChatCompletionRequest
 from turboquant_server.api.generation_request import GenerationRequest
-from turboquant_server.api.responses_request import (
-    AllowedTools,
+from turboquant_server.api.responses_calls import model_name, to_function
+from turboquant_server.api.responses_items import (
+    CallOutputItem,
     ContentPart,
+    CustomToolCallItem,
     FunctionCallItem,
-    FunctionCallOutputItem,
-    FunctionTool,
     Item,
-    JsonSchemaFormat,
     MessageItem,
-    NamedFunction,
     ReasoningItem,
     ReasoningPart,
-    ResponsesRequest,
-    ToolChoice,
 )
+from turboquant_server.api.responses_request import JsonSchemaFormat, ResponsesRequest
+from turboquant_server.api.responses_tools import AllowedTools, NamedTool, ToolChoice, callable_tools
 
 # What a chat completion's fields are called here.
 FIELD_NAMES = {
     "messages": "input",
+    "tool message": "function_call_output",
+    "tool_call_id": "call_id",
     "response_format": "text.format",
     "response_format.json_schema.schema": "text.format.schema",
 }
 SHARED_FIELDS = GenerationRequest.model_fields.keys() - {"stream", "stream_options"}
-FUNCTION_FIELDS = set(FunctionDefinition.model_fields)
 
 
 def to_chat(body: ResponsesRequest) -> tuple[ChatCompletionRequest, dict[str, str]]:
@@ -39,11 +38,12 @@ def to_chat(body: ResponsesRequest) -> tuple[ChatCompletionRequest, dict[str, st
     messages, names = _to_messages(body)
     text_format = body.text and body.text.format
     schema = text_format if isinstance(text_format, JsonSchemaFormat) else None
+    tools = list(callable_tools(body.tools))
     fields: dict[str, Any] = {name: getattr(body, name) for name in SHARED_FIELDS & body.model_fields_set}
     fields |= {
         "messages": messages,
         "max_completion_tokens": body.max_output_tokens,
-        "tools": None if body.tools is None else [_to_tool(tool) for tool in body.tools],
+        "tools": [{"type": "function", "function": to_function(tool)} for tool in tools],
         "tool_choice": _to_tool_choice(body.tool_choice),
         "parallel_tool_calls": body.parallel_tool_calls,
         "reasoning_effort": body.reasoning and body.reasoning.effort,
@@ -53,18 +53,13 @@ def to_chat(body: ResponsesRequest) -> tuple[ChatCompletionRequest, dict[str, st
         "top_logprobs": body.num_logprobs,
     }
     names |= {
-        f"tools[{index}].function.parameters": f"tools[{index}].parameters"
-        for index in range(len(body.tools or ()))
+        f"tools[{index}].function.parameters": f"{tool.path}.parameters" for index, tool in enumerate(tools)
     }
     return ChatCompletionRequest.model_validate(fields), FIELD_NAMES | names
 
 
-def _to_tool(tool: FunctionTool) -> dict[str, Any]:
-    return {"type": "function", "function": tool.model_dump(include=FUNCTION_FIELDS, exclude_unset=True)}
-
-
 def _to_tool_choice(choice: ToolChoice | None) -> object:
-    if isinstance(choice, NamedFunction):
+    if isinstance(choice, NamedTool):
         return {"type": "function", "function": {"name": choice.name}}
     if isinstance(choice, AllowedTools):
         tools = [_to_tool_choice(tool) for tool in choice.tools]
@@ -87,7 +82,9 @@ def _to_messages(body: ResponsesRequest) -> tuple[list[dict[str, Any]], dict[str
     for is_answer, run in groupby(rest, lambda place: _is_answer(place[1])):
         places = list(run)
         if is_answer:
-            calls = [place for place, item in places if isinstance(item, FunctionCallItem)]
+            calls = [
+                place for place, item in places if isinstance(item, FunctionCallItem | CustomToolCallItem)
+            ]
             names |= {
                 f"messages[{len(messages)}].tool_calls[{index}]": f"input[{place}]"
                 for index, place in enumerate(calls)
@@ -108,7 +105,7 @@ def _is_answer(item: Item) -> bool:
     """Tell whether the model has written an item."""
     if isinstance(item, MessageItem):
         return item.role == "assistant"
-    return not isinstance(item, FunctionCallOutputItem)
+    return not isinstance(item, CallOutputItem)
 
 
 def _join_answer(items: Sequence[Item]) -> dict[str, Any]:
@@ -116,9 +113,12 @@ def _join_answer(items: Sequence[Item]) -> dict[str, Any]:
     texts = [_to_text(item.content) for item in items if isinstance(item, MessageItem)]
     thoughts = [_to_text(item.content or "") for item in items if isinstance(item, ReasoningItem)]
     calls = [
-        {"id": item.call_id, "function": {"name": item.name, "arguments": item.arguments}}
+        {
+            "id": item.call_id,
+            "function": {"name": model_name(item.name, item.namespace), "arguments": item.arguments},
+        }
         for item in items
-        if isinstance(item, FunctionCallItem)
+        if isinstance(item, FunctionCallItem | CustomToolCallItem)
     ]
     return {
         "role": "assistant",
@@ -129,7 +129,7 @@ def _join_answer(items: Sequence[Item]) -> dict[str, Any]:
 
 
 def _to_message(item: Item) -> dict[str, Any]:
-    if isinstance(item, FunctionCallOutputItem):
+    if isinstance(item, CallOutputItem):
         return {"role": "tool", "tool_call_id": item.call_id, "content": _to_text(item.output)}
     assert isinstance(item, MessageItem)
     return {"role": item.role, "content": _to_text(item.content)}

@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias
 from pydantic import BaseModel
 
 from turboquant_server.api.response_models import TokenLogprob
-from turboquant_server.api.responses_request import AllowedTools, FunctionTool, NamedFunction
+from turboquant_server.api.responses_tools import AllowedTools, ClientTool, NamedTool
 
 ResponseStatus: TypeAlias = Literal["in_progress", "completed", "incomplete", "failed"]
 ItemStatus: TypeAlias = Literal["in_progress", "completed", "incomplete"]
@@ -58,10 +58,30 @@ class OutputFunctionCall(BaseModel):
     status: ItemStatus = "in_progress"
     call_id: str
     name: str
+    namespace: str | None = None
     arguments: str = ""
 
 
-OutputItem: TypeAlias = OutputMessage | OutputReasoning | OutputFunctionCall
+class OutputCustomToolCall(BaseModel):
+    """A call, with plain text, that the model wants to be made."""
+
+    id: str
+    type: Literal["custom_tool_call"] = "custom_tool_call"
+    status: ItemStatus = "in_progress"
+    call_id: str
+    name: str
+    namespace: str | None = None
+    input: str = ""
+
+
+OutputItem: TypeAlias = OutputMessage | OutputReasoning | OutputFunctionCall | OutputCustomToolCall
+
+
+class InputTokenCount(BaseModel):
+    """How many tokens an input has."""
+
+    object: Literal["response.input_tokens"] = "response.input_tokens"
+    input_tokens: int
 
 
 class InputTokensDetails(BaseModel):
@@ -122,8 +142,8 @@ class ModelResponse(BaseModel):
     reasoning: dict[str, str | None]
     temperature: float
     text: dict[str, Any]
-    tool_choice: str | NamedFunction | AllowedTools
-    tools: list[FunctionTool]
+    tool_choice: str | NamedTool | AllowedTools
+    tools: list[ClientTool]
     top_logprobs: int
     top_p: float
     frequency_penalty: float

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import (
-    AfterValidator,
     ConfigDict,
     Discriminator,
     Field,
     GetPydanticSchema,
     Tag,
     ValidationInfo,
-    WithJsonSchema,
     field_validator,
 )
 from pydantic_core import PydanticCustomError
 
-from turboquant_server.api.chat_request import CalledFunction, FunctionDefinition
 from turboquant_server.api.generation_request import GenerationRequest, JsonSchema
-from turboquant_server.api.request_model import NonEmptyText, RequestModel, Text, only
+from turboquant_server.api.request_model import RequestModel, Text, only
+from turboquant_server.api.responses_items import Item, type_of
+from turboquant_server.api.responses_tools import ResponsesTool, ToolChoice
 from turboquant_server.engine.sampling_params import MAX_LOGPROBS
 
-ITEM_TYPES = ("message", "function_call", "function_call_output", "reasoning")
 LOGPROBS = "message.output_text.logprobs"
 
 Includable: TypeAlias = Literal[
@@ -45,125 +42,6 @@ STATELESS = "This server keeps no responses; give all items of the conversation 
 def _now(name: str) -> GetPydanticSchema:
     """Refuse a field of chat completions that is called something else here."""
     return only(reason=f"In this API it is '{name}'")
-
-
-class ContentPart(RequestModel):
-    """A part of a message or of what a function returned; only text is supported."""
-
-    harmless_fields = frozenset({"annotations", "logprobs", "prompt_cache_breakpoint"})
-
-    type: Literal["input_text", "output_text"]
-    text: Text
-
-
-Content: TypeAlias = Text | Annotated[list[ContentPart], Field(fail_fast=True)]
-
-
-def _check_item_type(name: str) -> str:
-    # A type that is unknown is taken for a message, which has none or its own.
-    if name != "message":
-        raise PydanticCustomError("invalid_value", f"Input should be one of {', '.join(ITEM_TYPES)}")
-    return name
-
-
-class MessageItem(RequestModel):
-    """What somebody said, in the short form or as the item of an earlier output."""
-
-    harmless_fields = frozenset({"id", "phase", "status"})
-
-    type: Annotated[str, AfterValidator(_check_item_type), WithJsonSchema({"const": "message"})] = "message"
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content
-
-
-class FunctionCallItem(CalledFunction):
-    """A call in an earlier output."""
-
-    harmless_fields = frozenset({"async", "caller", "id", "namespace", "status"})
-
-    type: Literal["function_call"]
-    call_id: NonEmptyText
-
-
-class FunctionCallOutputItem(RequestModel):
-    """What a function returned."""
-
-    harmless_fields = frozenset({"caller", "id", "name", "namespace", "status"})
-
-    type: Literal["function_call_output"]
-    call_id: Text
-    output: Content
-
-
-class ReasoningPart(RequestModel):
-    """A part of the text of a thought."""
-
-    type: Literal["reasoning_text"]
-    text: Text
-
-
-class ReasoningItem(RequestModel):
-    """What the model thought in an earlier output."""
-
-    harmless_fields = frozenset({"id", "status", "summary"})
-
-    type: Literal["reasoning"]
-    content: Annotated[list[ReasoningPart], Field(fail_fast=True)] | None = None
-    encrypted_content: Annotated[Any, only()] = None
-
-
-def _type_of(value: object) -> object:
-    return value.get("type") if isinstance(value, Mapping) else getattr(value, "type", None)
-
-
-Item: TypeAlias = Annotated[
-    Annotated[MessageItem, Tag("message")]
-    | Annotated[FunctionCallItem, Tag("function_call")]
-    | Annotated[FunctionCallOutputItem, Tag("function_call_output")]
-    | Annotated[ReasoningItem, Tag("reasoning")],
-    Discriminator(lambda item: name if (name := _type_of(item)) in ITEM_TYPES else "message"),
-]
-
-
-class _Function(RequestModel):
-    """What says that something is a function."""
-
-    type: Literal["function"]
-
-
-# In this order, so that of several errors that of the type counts.
-class FunctionTool(FunctionDefinition, _Function):
-    """Something that the model may call; only functions are supported."""
-
-    harmless_fields = frozenset({"allowed_callers", "async", "defer_loading", "output_schema"})
-
-
-class NamedFunction(_Function):
-    """A function that is to be called."""
-
-    name: Text
-
-
-class AllowedTools(RequestModel):
-    """Some of the tools, and whether one must be called."""
-
-    type: Literal["allowed_tools"]
-    mode: Literal["auto", "required"]
-    tools: Annotated[list[NamedFunction], Field(min_length=1, fail_fast=True)]
-
-
-def _choice_kind(choice: object) -> str:
-    if isinstance(choice, str):
-        return "mode"
-    return "some" if _type_of(choice) == "allowed_tools" else "one"
-
-
-ToolChoice: TypeAlias = Annotated[
-    Annotated[Literal["none", "auto", "required"], Tag("mode")]
-    | Annotated[NamedFunction, Tag("one")]
-    | Annotated[AllowedTools, Tag("some")],
-    Discriminator(_choice_kind),
-]
 
 
 class ReasoningConfig(RequestModel):
@@ -196,7 +74,7 @@ class TextConfig(RequestModel):
     format: (
         Annotated[
             Annotated[TextFormat, Tag("text")] | Annotated[JsonSchemaFormat, Tag("json_schema")],
-            Discriminator(lambda value: "json_schema" if _type_of(value) == "json_schema" else "text"),
+            Discriminator(lambda value: "json_schema" if type_of(value) == "json_schema" else "text"),
         ]
         | None
     ) = None
@@ -210,7 +88,14 @@ class ResponsesRequest(GenerationRequest):
     )
     harmless_fields = frozenset(
         {
-            *("access_programs", "image", "moderation", "prompt_cache_options", "prompt_cache_retention"),
+            *(
+                "access_programs",
+                "client_metadata",
+                "image",
+                "moderation",
+                "prompt_cache_options",
+                "prompt_cache_retention",
+            ),
             *("service_tier", "store"),
             # vLLM's
             *("guided_decoding_backend", "request_id", "spaces_between_special_tokens"),
@@ -220,7 +105,7 @@ class ResponsesRequest(GenerationRequest):
     input: Text | Annotated[list[Item], Field(min_length=1, fail_fast=True)]
     instructions: Text | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
-    tools: Annotated[list[FunctionTool], Field(fail_fast=True)] | None = None
+    tools: Annotated[list[ResponsesTool], Field(fail_fast=True)] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     # Counts calls of tools that a server brings along, so there are none.

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from turboquant_server.api.responses_calls import ClientCall, read_input
 from turboquant_server.api.responses_models import (
     IncompleteDetails,
     InputTokensDetails,
     ItemStatus,
     ModelResponse,
+    OutputCustomToolCall,
     OutputFunctionCall,
     OutputItem,
     OutputMessage,
@@ -42,12 +44,16 @@ Event: TypeAlias = dict[str, Any]
 class OutputWriter:
     """Make items of an answer's deltas.
 
+    Args:
+        calls: What the client calls the functions, by the names that the model knows.
+
     Attributes:
         items: What has been written, the item in progress included.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, calls: Mapping[str, ClientCall]) -> None:
         self.items: list[OutputItem] = []
+        self._calls = calls
         self._open: OutputItem | None = None
 
     def add(self, delta: ChoiceDelta, logprobs: list[TokenLogprob]) -> Iterator[Event]:
@@ -68,8 +74,7 @@ class OutputWriter:
         for part in delta.get("tool_calls", ()):
             function = part["function"]
             if "id" in part:
-                call = OutputFunctionCall(id=_new_id("fc"), call_id=part["id"], name=function["name"])
-                yield from self._begin(call)
+                yield from self._begin(self._new_call(function["name"], part["id"]))
             yield from self._extend(function["arguments"])
 
     def end(self, status: ItemStatus) -> Iterator[Event]:
@@ -80,6 +85,9 @@ class OutputWriter:
         if isinstance(item, OutputFunctionCall):
             item.status = "completed"  # else the parser would not have told of it
             yield self._event(item, "response.function_call_arguments.done", arguments=item.arguments)
+        elif isinstance(item, OutputCustomToolCall):
+            item.status = "completed"
+            yield self._event(item, "response.custom_tool_call_input.done", input=item.input)
         else:
             item.status = status
             [part] = item.content
@@ -91,11 +99,19 @@ class OutputWriter:
             yield self._part_event(item, "response.content_part.done", part=part)
         yield self._item_event(item, "response.output_item.done")
 
+    def _new_call(self, name: str, call_id: str) -> OutputFunctionCall | OutputCustomToolCall:
+        call = self._calls.get(name, ClientCall(name))
+        if call.is_custom:
+            return OutputCustomToolCall(
+                id=_new_id("ctc"), call_id=call_id, name=call.name, namespace=call.namespace
+            )
+        return OutputFunctionCall(id=_new_id("fc"), call_id=call_id, name=call.name, namespace=call.namespace)
+
     def _begin(self, item: OutputItem) -> Iterator[Event]:
         yield from self.end("completed")
         self._open = item
         self.items.append(item)
-        if isinstance(item, OutputFunctionCall):
+        if isinstance(item, OutputFunctionCall | OutputCustomToolCall):
             yield self._item_event(item.model_copy(), "response.output_item.added")
             return
         yield self._item_event(item.model_copy(update={"content": []}), "response.output_item.added")
@@ -110,6 +126,10 @@ class OutputWriter:
         if isinstance(item, OutputFunctionCall):
             item.arguments += text
             yield self._event(item, "response.function_call_arguments.delta", delta=text)
+            return
+        if isinstance(item, OutputCustomToolCall):
+            item.input = read_input(text)  # the arguments come in one piece
+            yield self._event(item, "response.custom_tool_call_input.delta", delta=item.input)
             return
         [part] = item.content
         part.text += text
@@ -136,16 +156,23 @@ class ResponseWriter:
         response: As it begins, without output.
         answer: What the output is made of.
         report: Tells of the answer's tokens.
+        calls: What the client calls the functions, by the names that the model knows.
 
     Attributes:
         response: As it is; it has its output when it has ended.
     """
 
-    def __init__(self, response: ModelResponse, answer: ChatAnswer, report: ChatTokenReport) -> None:
+    def __init__(
+        self,
+        response: ModelResponse,
+        answer: ChatAnswer,
+        report: ChatTokenReport,
+        calls: Mapping[str, ClientCall],
+    ) -> None:
         self.response = response
         self._answer = answer
         self._report = report
-        self._output = OutputWriter()
+        self._output = OutputWriter(calls)
         self._num_events = 0
         # Of tokens that no delta has come with, yet.
         self._logprobs: list[TokenLogprob] = []
