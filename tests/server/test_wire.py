@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from conftest import RunningServer
 
 CHAT = "/v1/chat/completions"
-BODY = json.dumps({"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}).encode()
+MESSAGES = [{"role": "user", "content": "Hi"}]
+BODY = json.dumps({"messages": MESSAGES, "max_tokens": 2, "ignore_eos": True}).encode()
 JSON = {"Content-Type": "application/json"}
 TIMEOUT = 20
 
