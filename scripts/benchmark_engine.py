@@ -33,6 +33,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from aligned_table import format_table
+
 from turboquant_core import use_plain_attention
 from turboquant_server.config import ServerConfig
 from turboquant_server.engine.model_runner import ModelRunner
@@ -197,11 +199,7 @@ def format_rows(rows: Sequence[dict[str, Any]], past: str) -> str:
             is_read = past == "computed"
             line += [f"{row['prefill_tokens_per_s']:,.0f}", f"{row['ttft_s']:.2f}"] if is_read else ["-"] * 2
         cells.append(line)
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "| " + " | ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in cells
-    ]
-    lines.insert(1, "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|")
+    lines = format_table(cells)
     for row in rows:
         if "error" in row:
             lines.append(f"{row['requests']} x {row['prompt']:,}, {row['cache']}: {row['error']}")

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from aligned_table import format_table
 from kv_runs import Run, RunCache, ServedCache, run_plain
 
 from turboquant_server.cache_plan import tokens_before_a_text
@@ -186,9 +187,6 @@ def format_report(report: Mapping[str, Any]) -> str:
     """Return a model's report as a Markdown table that also reads well as plain text."""
     rows = report["rows"]
     cells = [list(COLUMNS), *([show(row) for show in COLUMNS.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["| " + " | ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in cells]
-    lines.insert(1, "|" + "|".join("-" * (w + 1) + ":" for w in widths) + "|")
     random = " random" if report["load_format"] == "dummy" else ""
     return "\n".join(
         [
@@ -196,7 +194,7 @@ def format_report(report: Mapping[str, Any]) -> str:
             f"{report['weight_bytes'] / 2**30:.2f} GiB of{random} bfloat16 weights; {report['device']}, "
             f"torch {report['torch']}, transformers {report['transformers']}; "
             f"answers of {report['new_tokens']} tokens",
-            *lines,
+            *format_table(cells),
             *(f"{row['cache']}, {row['context']:,} tokens: {row['error']}" for row in rows if "error" in row),
         ]
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from aligned_table import format_table
+
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else float("nan")
@@ -33,7 +35,4 @@ def table(results: Mapping[str, dict[str, Any]]) -> str:
     """Returns the results as a Markdown table that also reads well as plain text."""
     rows = [["KV bits", *COLUMNS]]
     rows += [[name, *(show(result) for show in COLUMNS.values())] for name, result in results.items()]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["| " + " | ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in rows]
-    lines.insert(1, "|" + "|".join("-" * (w + 1) + ":" for w in widths) + "|")
-    return "\n".join(lines)
+    return "\n".join(format_table(rows))

@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from aligned_table import format_table
 from serving_client import Answer
 
 PERCENTILES = (50, 90, 95, 99)
@@ -126,14 +127,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
                 [f"{value:.1f}" for value in values.values()] if values else (len(PERCENTILES) + 1) * ["-"]
             )
             times.append([_load(row), title, *cells])
-    return f"{_aligned(rates)}\n\n{_aligned(times)}"
-
-
-def _aligned(cells: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["| " + " | ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in cells]
-    lines.insert(1, "|" + "|".join("-" * (w + 1) + ":" for w in widths) + "|")
-    return "\n".join(lines)
+    return "\n".join([*format_table(rates), "", *format_table(times)])
 
 
 def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
