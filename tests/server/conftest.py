@@ -19,10 +19,12 @@ import pytest
 import uvicorn
 from anthropic import Anthropic
 from openai import OpenAI
+from scripted_engine import ScriptedEngine, install
 
 from turboquant_server import cache_plan
 from turboquant_server.app import build_app
 from turboquant_server.config import ServerConfig
+from turboquant_server.engine import token_drawer
 from turboquant_server.model_manager import ModelManager
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 TIMEOUT = 20
+SLOW_STEP, SOON = 0.02, 3.0
 MODEL_NAME = "tiny"
 
 
@@ -188,3 +191,28 @@ def http(server: RunningServer) -> Iterator[httpx.Client]:
     """A plain HTTP client of the server."""
     with httpx.Client(base_url=server.url, timeout=TIMEOUT) as http:
         yield http
+
+
+@pytest.fixture
+def engine(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> ScriptedEngine:
+    """Let a scripted engine answer the server's requests."""
+    return install(monkeypatch, server.model_manager)
+
+
+@pytest.fixture
+def slow_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let each token take SLOW_STEP seconds."""
+    sample = token_drawer.sample
+
+    def slow_sample(*arguments: Any, **options: Any) -> Any:
+        time.sleep(SLOW_STEP)
+        return sample(*arguments, **options)
+
+    monkeypatch.setattr(token_drawer, "sample", slow_sample)
+
+
+@pytest.fixture
+def idle_afterwards(server: RunningServer) -> Iterator[None]:
+    """Check that the engine soon has nothing left to do."""
+    yield
+    assert server.wait_until_idle() < SOON

@@ -16,11 +16,6 @@ ASKING = {"role": "assistant", "content": None, "tool_calls": [CALL]}
 RESULT = {"role": "tool", "tool_call_id": "call_1", "content": "7"}
 
 
-@pytest.fixture
-def engine(server: Any, monkeypatch: pytest.MonkeyPatch) -> ScriptedEngine:
-    return install(monkeypatch, server.model_manager)
-
-
 def post(http: httpx.Client, engine: ScriptedEngine, *messages: Any) -> httpx.Response:
     engine.texts = ["Good."]
     return http.post(

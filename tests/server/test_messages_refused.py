@@ -20,7 +20,7 @@ from anthropic.types import (
 from anthropic.types.beta import BetaOutputConfigParam
 from anthropic.types.beta import message_count_tokens_params as beta_count_params
 from anthropic.types.beta import message_create_params as beta_create_params
-from scripted_engine import ScriptedEngine, install
+from scripted_engine import ScriptedEngine
 
 from turboquant_server import app
 from turboquant_server.api.messages_request import (
@@ -37,11 +37,6 @@ USER: Any = {"role": "user", "content": "What is the access code?"}
 MESSAGES: Any = [USER]
 WEATHER: Any = {"name": "get_weather", "input_schema": {"type": "object"}}
 STRANGE = {"type": "json_schema", "schema": {"type": "strange"}}
-
-
-@pytest.fixture
-def engine(server: Any, monkeypatch: pytest.MonkeyPatch) -> ScriptedEngine:
-    return install(monkeypatch, server.model_manager)
 
 
 def ask(client: Anthropic, **fields: Any) -> Any:

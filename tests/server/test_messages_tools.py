@@ -9,7 +9,7 @@ import pytest
 from answers import CALLS, FORMATS, chat_format
 from anthropic import Anthropic
 from anthropic.types import Message
-from scripted_engine import ScriptedEngine, hermes_call, install
+from scripted_engine import ScriptedEngine, hermes_call
 
 from turboquant_server.engine.request import FinishReason
 
@@ -28,11 +28,6 @@ CALL = hermes_call("get_weather", '{"city": "Zürich", "days": 2}')
 THOUGHT = "<think>\nIs it {cold}?\n</think>\n\n"
 QUIET = "<think>\n\n</think>\n\n"
 PATH = "/v1/messages"
-
-
-@pytest.fixture
-def engine(server: Any, monkeypatch: pytest.MonkeyPatch) -> ScriptedEngine:
-    return install(monkeypatch, server.model_manager)
 
 
 def ask(client: Anthropic, engine: ScriptedEngine, text: str = "Hi", **fields: Any) -> Message:

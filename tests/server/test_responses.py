@@ -12,7 +12,7 @@ from openai import OpenAI
 from openai.types.responses import Response
 from openai.types.responses.response_create_params import ResponseCreateParamsBase
 from pydantic import BaseModel
-from scripted_engine import ScriptedEngine, hermes_call, install
+from scripted_engine import ScriptedEngine, hermes_call
 
 from turboquant_server.api.responses_request import ResponsesRequest
 from turboquant_server.engine.request import FinishReason
@@ -29,11 +29,6 @@ WEATHER: Any = {
 CALL = hermes_call("get_weather", '{"city": "Zürich"}')
 THOUGHT = "<think>\nIs it cold?\n</think>\n\n"
 LOGPROBS: Any = "message.output_text.logprobs"
-
-
-@pytest.fixture
-def engine(server: Any, monkeypatch: pytest.MonkeyPatch) -> ScriptedEngine:
-    return install(monkeypatch, server.model_manager)
 
 
 def ask(client: OpenAI, **fields: Any) -> Response:

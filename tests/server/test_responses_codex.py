@@ -13,7 +13,7 @@ import httpx
 import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
-from scripted_engine import ScriptedEngine, hermes_call, install
+from scripted_engine import ScriptedEngine, hermes_call
 
 from turboquant_server.api import responses_items, responses_tools
 
@@ -89,11 +89,6 @@ BODY: Any = {
 def forget_what_was_logged() -> None:
     responses_tools._log_left_out.cache_clear()
     responses_items._log_left_out.cache_clear()
-
-
-@pytest.fixture
-def engine(server: Any, monkeypatch: pytest.MonkeyPatch) -> ScriptedEngine:
-    return install(monkeypatch, server.model_manager)
 
 
 def stream(http: httpx.Client, engine: ScriptedEngine, text: str, **fields: Any) -> list[dict[str, Any]]:

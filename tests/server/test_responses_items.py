@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from openai import OpenAI
 from openai.types.responses import Response
-from scripted_engine import ScriptedEngine, hermes_call, install
+from scripted_engine import ScriptedEngine, hermes_call
 
 QUESTION = "What is the access code?"
 WEATHER: Any = {
@@ -20,11 +20,6 @@ WEATHER: Any = {
 NAMED: Any = {"type": "function", "name": "get_weather"}
 CALL = hermes_call("get_weather", '{"city": "Zürich"}')
 THOUGHT = "<think>\nIs it cold?\n</think>\n\n"
-
-
-@pytest.fixture
-def engine(server: Any, monkeypatch: pytest.MonkeyPatch) -> ScriptedEngine:
-    return install(monkeypatch, server.model_manager)
 
 
 def answer(client: OpenAI, engine: ScriptedEngine, text: str, **fields: Any) -> Response:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
@@ -12,9 +11,8 @@ import pytest
 from openai import OpenAI
 from openai.types.responses import ResponseStreamEvent
 from pydantic import BaseModel, TypeAdapter
-from scripted_engine import ScriptedEngine, hermes_call, install
+from scripted_engine import ScriptedEngine, hermes_call
 
-from turboquant_server.engine import token_drawer
 from turboquant_server.engine.request import FinishReason, RequestFailedError, RequestOutput
 
 RESPONSES = "/v1/responses"
@@ -44,11 +42,6 @@ FUNCTION_CALL = [
     "response.function_call_arguments.done",
     "response.output_item.done",
 ]
-
-
-@pytest.fixture
-def engine(server: Any, monkeypatch: pytest.MonkeyPatch) -> ScriptedEngine:
-    return install(monkeypatch, server.model_manager)
 
 
 def post(http: httpx.Client, **fields: Any) -> list[dict[str, Any]]:
@@ -206,27 +199,8 @@ def test_a_failure_ends_a_stream_with_a_failed_response(
     assert whole.status_code == 500 and words in whole.json()["error"]["message"]
 
 
-SLOW_STEP = 0.02
-# At SLOW_STEP seconds a token this takes 30 s: an engine that is idle sooner has been told to stop.
+# With slow_steps this takes 30 s: an engine that is idle sooner has been told to stop.
 LONG = {"max_output_tokens": 1500, "ignore_eos": True}
-
-
-@pytest.fixture
-def slow_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let each token take SLOW_STEP seconds."""
-    sample = token_drawer.sample
-
-    def slow_sample(*arguments: Any, **options: Any) -> Any:
-        time.sleep(SLOW_STEP)
-        return sample(*arguments, **options)
-
-    monkeypatch.setattr(token_drawer, "sample", slow_sample)
-
-
-@pytest.fixture
-def idle_afterwards(server: Any) -> Iterator[None]:
-    yield
-    assert server.wait_until_idle() < 3
 
 
 @pytest.mark.usefixtures("slow_steps", "idle_afterwards")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -13,33 +11,11 @@ from openai import OpenAI
 from openai.types import Completion
 from openai.types.chat import ChatCompletionChunk
 
-from turboquant_server.engine import token_drawer
-
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 MESSAGES: Any = [{"role": "user", "content": "What is the access code?"}]
-SLOW_STEP = 0.02
-# At SLOW_STEP seconds a token this takes 30 s: an engine that is idle sooner has been told to stop.
+# With slow_steps this takes 30 s: an engine that is idle sooner has been told to stop.
 LONG = {"max_tokens": 1500, "ignore_eos": True}
-SOON = 3.0
-
-
-@pytest.fixture
-def slow_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let each token take SLOW_STEP seconds."""
-    sample = token_drawer.sample
-
-    def slow_sample(*arguments: Any, **options: Any) -> Any:
-        time.sleep(SLOW_STEP)
-        return sample(*arguments, **options)
-
-    monkeypatch.setattr(token_drawer, "sample", slow_sample)
-
-
-@pytest.fixture
-def idle_afterwards(server: Any) -> Iterator[None]:
-    yield
-    assert server.wait_until_idle() < SOON
 
 
 def events_of(content: bytes) -> list[bytes]:

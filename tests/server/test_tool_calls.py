@@ -26,11 +26,6 @@ THOUGHT = "<think>\nIs it {cold}?\n</think>\n\n"
 CHAT = "/v1/chat/completions"
 
 
-@pytest.fixture
-def engine(server: Any, monkeypatch: pytest.MonkeyPatch) -> ScriptedEngine:
-    return install(monkeypatch, server.model_manager)
-
-
 def ask(client: OpenAI, engine: ScriptedEngine, *texts: str, **fields: Any) -> ChatCompletion:
     engine.texts = list(texts)
     body = {"model": "tiny", "messages": [USER], "tools": [WEATHER], **fields}
