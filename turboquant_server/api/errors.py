@@ -5,7 +5,8 @@ Where the path is Anthropic's, the body is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -73,14 +74,6 @@ class ApiError(Exception):
         self.code = code
         self.headers = headers
 
-    def renamed(self, names: Mapping[str, str]) -> ApiError:
-        """Return the error with these fields called something else."""
-        message = self.message
-        for name, new_name in names.items():
-            message = message.replace(f"'{name}'", f"'{new_name}'")
-        param = self.param and names.get(self.param, self.param)
-        return ApiError(self.status_code, message, param=param, code=self.code, headers=self.headers)
-
     @property
     def body(self) -> ErrorResponse:
         """The error body."""
@@ -95,6 +88,21 @@ class ApiError(Exception):
         """Return the error as an HTTP response, with the body that the API of this path has."""
         body: BaseModel = to_messages_error(self) if is_messages_path(path) else self.body
         return JSONResponse(body.model_dump(), self.status_code, headers=self.headers)
+
+
+@contextmanager
+def renaming(names: Mapping[str, str]) -> Iterator[None]:
+    """Let the errors that come up here call these fields something else."""
+    try:
+        yield
+    except ApiError as error:
+        message = error.message
+        for name, new_name in names.items():
+            message = message.replace(f"'{name}'", f"'{new_name}'")
+        param = error.param and names.get(error.param, error.param)
+        raise ApiError(
+            error.status_code, message, param=param, code=error.code, headers=error.headers
+        ) from error
 
 
 def invalid_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:

@@ -13,7 +13,7 @@ from sse_starlette import ServerSentEvent
 
 from turboquant_server.api.chat_answer import ChatAnswer
 from turboquant_server.api.chat_generation import prepare_chat, write_chat
-from turboquant_server.api.errors import ApiError
+from turboquant_server.api.errors import renaming
 from turboquant_server.api.generation import Outputs, collect, generate
 from turboquant_server.api.message_blocks import Event, MessageBlocks
 from turboquant_server.api.messages_chat import to_chat
@@ -43,10 +43,8 @@ async def create_message(
         ApiError: The request cannot be served as it is.
         ClientDisconnect: The client has left before the answer was complete.
     """
-    try:
+    with renaming(_field_names(body)):
         chat = await prepare_chat(model_manager, prompt_tokenizer, to_chat(body))
-    except ApiError as error:
-        raise error.renamed(_field_names(body)) from error
     [answer] = chat.answers
     message = _OpenMessage(chat.model, answer, body.max_tokens)
     outputs = generate(model_manager, [chat.prompt], message.id)

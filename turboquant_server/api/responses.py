@@ -13,7 +13,7 @@ from fastapi.responses import Response
 from sse_starlette import ServerSentEvent
 
 from turboquant_server.api.chat_generation import prepare_chat, write_chat
-from turboquant_server.api.errors import ApiError
+from turboquant_server.api.errors import ApiError, renaming
 from turboquant_server.api.generation import Outputs, generate, while_client_waits
 from turboquant_server.api.models import resolve_model
 from turboquant_server.api.responses_calls import client_calls
@@ -44,10 +44,8 @@ async def create_response(
     """
     calls = client_calls(body.tools)
     chat_body, names = to_chat(body)
-    try:
+    with renaming(names):
         chat = await prepare_chat(model_manager, prompt_tokenizer, chat_body)
-    except ApiError as error:
-        raise error.renamed(names) from error
     response = _begin(chat.model, body)
     [answer] = chat.answers
     writer = ResponseWriter(response, answer, ChatTokenReport(chat_body, prompt_tokenizer), calls)
@@ -75,10 +73,8 @@ async def count_input_tokens(
     resolve_model(model_manager, body.model)
     client_calls(body.tools)
     chat_body, names = to_chat(body)
-    try:
+    with renaming(names):
         chat = await write_chat(model_manager, prompt_tokenizer, chat_body)
-    except ApiError as error:
-        raise error.renamed(names) from error
     return InputTokenCount(input_tokens=len(chat.token_ids))
 
 
