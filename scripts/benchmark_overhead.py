@@ -39,6 +39,7 @@ def serve(pipe: Connection, max_num_seqs: int, num_requests: int) -> None:
     import uvicorn
 
     from turboquant_server.app import build_app
+    from turboquant_server.cli import SWITCH_INTERVAL
     from turboquant_server.config import ServerConfig
     from turboquant_server.engine.model_runner import ModelRunner
     from turboquant_server.engine.pending_step import PendingStep
@@ -69,7 +70,7 @@ def serve(pipe: Connection, max_num_seqs: int, num_requests: int) -> None:
             seconds.append(time.perf_counter() - started)
         return statistics.median(seconds)
 
-    sys.setswitchinterval(0.0005)  # as the command does
+    sys.setswitchinterval(SWITCH_INTERVAL)
     latency = asyncio.run(ask_engine())
     with socket.create_server((HOST, 0), backlog=1024) as listener:
         pipe.send((listener.getsockname()[1], latency))

@@ -29,6 +29,14 @@ if TYPE_CHECKING:
 
 EXAMPLE_QUESTION = "The access code of the harbour is 271828. What is the access code of the harbour?"
 
+# Threads that wait for each other spin this often before they sleep; by default 100 times as long. Beside
+# another busy process a step of 16 requests takes 80 ms then, with 1,000 spins 50; without one 20 in place
+# of 22 (2 cores, the bundled model).
+SPIN_COUNT = ("GOMP_SPINCOUNT", "3000")
+# In seconds. The engine gives the interpreter away in every operation of torch, and by default it may take
+# the event loop 5 ms to give it back: steps of 16 requests then take twice as long (the same model).
+SWITCH_INTERVAL = 0.0005
+
 logger = logging.getLogger(__name__)
 
 
@@ -89,13 +97,8 @@ def serve(config: ServerConfig) -> None:
     """
     _check_certificate(config)
     with _bind(config.host, config.port) as listener:
-        # Threads that wait for each other spin this often before they sleep; by default 100 times as long.
-        # Beside another busy process a step of 16 requests takes 80 ms then, with 1,000 spins 50; without
-        # one 20 in place of 22 (2 cores, the bundled model).
-        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-        # The engine gives the interpreter away in every operation of torch, and by default it may take the
-        # event loop 5 ms to give it back: steps of 16 requests then take twice as long (the same model).
-        sys.setswitchinterval(0.0005)
+        os.environ.setdefault(*SPIN_COUNT)
+        sys.setswitchinterval(SWITCH_INTERVAL)
         # Importing torch and transformers takes seconds; an unusable address should be told before.
         from turboquant_server.app import build_app
         from turboquant_server.model_manager import ModelLoadError, ModelManager

@@ -23,7 +23,7 @@ from ray.serve.request_router import RequestRouter
 from starlette.types import Message, Scope
 
 from turboquant_server.app import build_app, check_health
-from turboquant_server.cli import configure_logging
+from turboquant_server.cli import SPIN_COUNT, SWITCH_INTERVAL, configure_logging
 from turboquant_server.config import ServerConfig
 from turboquant_server.deploy_config import DeployConfig
 from turboquant_server.model_manager import ModelManager
@@ -67,7 +67,7 @@ class Server:
 
     def __init__(self, settings: dict[str, Any]) -> None:
         configure_logging()
-        sys.setswitchinterval(0.0005)  # as the command does
+        sys.setswitchinterval(SWITCH_INTERVAL)
         self._model_manager = ModelManager(ServerConfig(**settings))
         self._model_manager.load()
         self._app = build_app(self._model_manager)
@@ -175,7 +175,7 @@ def build(config: DeployConfig) -> serve.Application:
         request_router_config=RequestRouterConfig(request_router_class=PromptRouter),
         ray_actor_options={
             "num_gpus": int(uses_gpu),
-            "runtime_env": {"env_vars": {"GOMP_SPINCOUNT": "3000"}},  # as the command does
+            "runtime_env": {"env_vars": dict([SPIN_COUNT])},
         },
     )
     front = serve.deployment(Front, **options, ray_actor_options={"num_cpus": 0})
