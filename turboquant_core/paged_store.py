@@ -273,8 +273,7 @@ class PagedStore:
         if plan.new_block_ids.numel():
             new_keys, new_values = (states.transpose(0, 1)[None, None] for states in (keys, values))
             stack = LayerStack([layer_idx], records, new_keys, new_values)
-            rows = torch.zeros_like(plan.new_rows)
-            self._make_blocks(stack, rows, plan.new_rows, plan.new_block_ids)
+            self._make_blocks(stack, plan.new_slots, plan.new_rows, plan.new_block_ids)
         if plan.ring_block_ids.numel():
             stack = LayerStack([layer_idx], records, exact[0][None], exact[1][None])
             self._make_blocks(stack, plan.ring_slots, plan.ring_places, plan.ring_block_ids)

@@ -121,6 +121,11 @@ class PrefillPlan:
     _drafts: Sequence[_Draft]
 
     @cached_property
+    def new_slots(self) -> Tensor:
+        """Where the tokens of `new_rows` lie, as if they were a single slot: zeros, which all layers read."""
+        return torch.zeros_like(self.new_rows)
+
+    @cached_property
     def runs(self) -> list[PrefillRun]:
         """The runs, each with its part of the tensors."""
         runs = []

@@ -221,6 +221,8 @@ def _attend_blocks(
         read_blocks(records, plan.block_ids[piece], codec, keys, values)
         continues = continues or first > 0
         num_attended = attend_past(queries, keys, values, piece, found, plan, options, continues=continues)
+        if num_attended == keys.shape[1]:
+            continue
         continues = continues or num_attended > 0
         by_token = keys.transpose(0, 1), values.transpose(0, 1)
         attend_stored(queries, *by_token, piece, found, plan, options, num_attended, continues=continues)
