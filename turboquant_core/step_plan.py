@@ -75,7 +75,7 @@ def _existing(block_id: int | None) -> int:
 
 
 # How long a tile of exact tokens takes, and half a block: measured on an H200 at 4 bits.
-TILE_WORK, HALF_WORK = 3, 2
+TILE_WORK, HALF_WORK = 2, 1
 
 Count = TypeVar("Count", int, Tensor)
 

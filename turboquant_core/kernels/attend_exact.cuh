@@ -1,5 +1,22 @@
 // Attention over tokens that lie as they came.
 
+// Keep a new token if its place is in one of these tiles, before they are read: no other warp reads it.
+DEVICE void keep_newest(const Arguments& args, const Item& item, int first_tile, int end_tile, int lane) {
+  const int position = args.positions[item.request], in_ring = position - NUM_SINKS;
+  const int place = in_ring < 0 ? position : NUM_SINKS + in_ring % RING_SIZE;
+  if (!args.new_keys || place / 16 < first_tile || place / 16 >= end_tile) return;
+  const long long source = (long long)item.request * args.num_heads + item.head;
+  const long long target = ((long long)args.slots[item.request] * args.num_heads + item.head) * NUM_PLACES + place;
+  for (int i = 4 * lane; i < max(KEY_DIM, VALUE_DIM); i += 128) {
+    uint2 key, value;
+    if (i < KEY_DIM) key = *(const uint2*)(args.new_keys + source * KEY_DIM + i);
+    if (i < VALUE_DIM) value = *(const uint2*)(args.new_values + source * VALUE_DIM + i);
+    if (i < KEY_DIM) *(uint2*)(args.exact_keys + target * KEY_DIM + i) = key;
+    if (i < VALUE_DIM) *(uint2*)(args.exact_values + target * VALUE_DIM + i) = value;
+  }
+  __syncwarp();
+}
+
 // 16 tokens that lie in a slot as they came. Rows of the sums: dimension 16Q + 4 (g / 2) + 2r + g % 2.
 DEVICE void attend_exact(const Arguments& args, const Item& item, int tile, int lane, Softmax& softmax) {
   const int g = lane >> 2, t = lane & 3;
@@ -29,15 +46,14 @@ DEVICE void attend_exact(const Arguments& args, const Item& item, int tile, int 
 #pragma unroll
     for (int q = 0; q < VALUE_TILES; q++) {
       values[r][q] = make_uint2(0, 0);
-      if (is_seen[r]) values[r][q] = *(const uint2*)((const u16*)args.exact_values + row[r] * VALUE_DIM + 16 * q + 4 * t);
+      if (is_seen[r]) values[r][q] = *(const uint2*)(args.exact_values + row[r] * VALUE_DIM + 16 * q + 4 * t);
     }
   float scores[2][NUM_COLS][4] = {};  // [0] is used
-  const u16* keys = (const u16*)args.exact_keys;
-  const u16* queries = (const u16*)args.queries + ((long long)item.request * args.num_heads + item.head) * GROUP * KEY_DIM;
+  const u16* queries = args.queries + ((long long)item.request * args.num_heads + item.head) * GROUP * KEY_DIM;
 #pragma unroll
   for (int q = 0; q < KEY_TILES; q++) {
-    const uint2 x = *(const uint2*)(keys + row[0] * KEY_DIM + 16 * q + 4 * t);
-    const uint2 y = *(const uint2*)(keys + row[1] * KEY_DIM + 16 * q + 4 * t);
+    const uint2 x = *(const uint2*)(args.exact_keys + row[0] * KEY_DIM + 16 * q + 4 * t);
+    const uint2 y = *(const uint2*)(args.exact_keys + row[1] * KEY_DIM + 16 * q + 4 * t);
     const u32 a[4] = {x.x, y.x, x.y, y.y};
 #pragma unroll
     for (int n = 0; n < NUM_COLS; n++) {

@@ -1,9 +1,17 @@
 // Attention over half a block, in shared memory.
 
+// A column's product with 16-bit integers, from those with their upper and lower bytes.
+DEVICE int joined(const int (&sums)[NUM_SETS][2], int c, int t) {
+  if (!IS_SHARED) return 256 * sums[0][c] + sums[NUM_SETS - 1][c];
+  const int other = __shfl_xor_sync(~0u, sums[0][c], 2);  // the upper bytes' columns have t < 2
+  return t < 2 ? 256 * sums[0][c] + other : 256 * other + sums[0][c];
+}
+
 struct StoredQueries {
   u32 operand[NUM_COLS][KEY_TILES][2];
   // The same as 16-bit integers, their upper and lower bytes: in columns 0-3 and 4-7, or one after the other.
   u32 bytes[NUM_COLS][NUM_SETS][KEY_TILES];
+  int start[NUM_COLS][2];  // of products with them: less 255 times the sum of a column, if IN_PARTS
   float scale[NUM_COLS][2];
   DEVICE void load(const Arguments& args, const Item& item, int lane) {
     const int g = lane >> 2, t = lane & 3;
@@ -13,17 +21,25 @@ struct StoredQueries {
       const int head = IS_SHARED ? min(g & 3, GROUP - 1) : min(8 * n + g, GROUP - 1);
 #pragma unroll
       for (int q = 0; q < KEY_TILES; q++) {
-        const u16* source = IS_PLAIN ? (const u16*)args.queries : args.stored_queries;
+        if (IN_BYTES) continue;
+        const u16* source = IS_PLAIN ? args.queries : args.stored_queries;
         const uint2 b = *(const uint2*)(source + (first + head) * KEY_DIM + 16 * q + 4 * t);
-        if (!IN_BYTES) {
-          operand[n][q][0] = b.x;
-          operand[n][q][1] = b.y;
-        }
+        operand[n][q][0] = b.x;
+        operand[n][q][1] = b.y;
+      }
 #pragma unroll
-        for (int s = 0; s < NUM_SETS && !IS_PLAIN; s++) {
-          const int is_low = IS_SHARED ? g >> 2 : s;
-          bytes[n][s][q] = *(const u32*)(args.stored_bytes + (2 * (first + head) + is_low) * KEY_DIM + 16 * q + 4 * t);
-        }
+      for (int s = 0; s < NUM_SETS && !IS_PLAIN; s++) {
+        const int is_low = IS_SHARED ? g >> 2 : s;
+        load_row(bytes[n][s], (const u32*)(args.stored_bytes + (2 * (first + head) + is_low) * KEY_DIM) + t * KEY_TILES);
+      }
+      if (IN_PARTS) {
+        int sums[NUM_SETS][2] = {};
+#pragma unroll
+        for (int q = 0; q < KEY_TILES; q++)
+#pragma unroll
+          for (int s = 0; s < NUM_SETS; s++) multiply_bytes(sums[s], 0x01010101, bytes[n][s][q]);
+        start[n][0] = -255 * joined(sums, 0, t);
+        start[n][1] = -255 * joined(sums, 1, t);
       }
 #pragma unroll
       for (int c = 0; c < 2; c++) {
@@ -46,14 +62,7 @@ DEVICE void key_mean_products(const StoredQueries& queries, u32 words, int t, fl
 #pragma unroll
       for (int s = 0; s < NUM_SETS; s++) multiply_bytes(sums[s], bytes[q], queries.bytes[n][s][q]);
 #pragma unroll
-    for (int c = 0; c < 2; c++) {
-      if (IS_SHARED) {
-        const float mine = (float)sums[0][c] * (t < 2 ? 256 / QUERY_PEAK : 1 / QUERY_PEAK);
-        products[n][c] = mine + __shfl_xor_sync(~0u, mine, 2);
-      } else {
-        products[n][c] = (float)(256 * sums[0][c] + sums[NUM_SETS - 1][c]) * (1 / QUERY_PEAK);
-      }
-    }
+    for (int c = 0; c < 2; c++) products[n][c] = (float)joined(sums, c, t) * (1 / QUERY_PEAK);
   }
 }
 
@@ -93,29 +102,39 @@ DEVICE void byte_products(const StoredQueries& queries, const KeyCodes& codes, u
   for (int q = 0; q < KEY_TILES; q += 2)
 #pragma unroll
     for (int row = 0; row < 2; row++) {
-      u32 a[4] = {};
-      codes.bytes(words, row * KEY_TILES + q, a[0], a[1]);
-      if (q + 1 < KEY_TILES) codes.bytes(words, row * KEY_TILES + q + 1, a[2], a[3]);
+      u32 a[4] = {}, negative[4] = {};
+#pragma unroll
+      for (int i = 0; i < 2 && q + i < KEY_TILES; i++) {
+        const int tile = row * KEY_TILES + q + i;
+        if (IN_PARTS)
+          codes.bytes_to_add(words, tile, a[2 * i], a[2 * i + 1], negative[2 * i], negative[2 * i + 1]);
+        else
+          codes.bytes(words, tile, a[2 * i], a[2 * i + 1]);
+      }
 #pragma unroll
       for (int n = 0; n < NUM_COLS; n++)
 #pragma unroll
-        for (int s = 0; s < NUM_SETS; s++)
-          multiply_bytes(sums[row][s][n], a, queries.bytes[n][s][q],
-                         q + 1 < KEY_TILES ? queries.bytes[n][s][q + 1] : 0);
+        for (int s = 0; s < NUM_SETS; s++) {
+          const u32 b0 = queries.bytes[n][s][q], b1 = q + 1 < KEY_TILES ? queries.bytes[n][s][q + 1] : 0;
+          multiply_bytes<IN_PARTS>(sums[row][s][n], a, b0, b1);
+          if (IN_PARTS) multiply_bytes<true>(sums[row][s][n], negative, b0, b1);
+        }
     }
+  constexpr float UNIT = (IN_PARTS ? -1 : 1) / QUERY_PEAK;
   const bool is_first = (lane & 3) < 2;
 #pragma unroll
   for (int n = 0; n < NUM_COLS; n++)
 #pragma unroll
     for (int c = 0; c < 4; c++) {
+      const int start = IN_PARTS ? queries.start[n][c & 1] : 0;
       if (IS_SHARED) {  // the upper bytes' columns have t < 2
         const int own = is_first ? sums[0][0][n][c] : sums[1][0][n][c];
         const int other = __shfl_xor_sync(~0u, is_first ? sums[1][0][n][c] : sums[0][0][n][c], 2);
-        products[0][n][c] = (float)(is_first ? 256 * own + other : 256 * other + own) * (1 / QUERY_PEAK);
+        products[0][n][c] = (float)((is_first ? 256 * own + other : 256 * other + own) + start) * UNIT;
       } else {
 #pragma unroll
         for (int row = 0; row < NUM_SETS; row++)
-          products[row][n][c] = (float)(256 * sums[row][0][n][c] + sums[row][NUM_SETS - 1][n][c]) * (1 / QUERY_PEAK);
+          products[row][n][c] = (float)(256 * sums[row][0][n][c] + sums[row][NUM_SETS - 1][n][c] + start) * UNIT;
       }
     }
 }

@@ -54,6 +54,15 @@ struct Codes {
     asm("sub.rn.f16x2 %0,%1,%2;" : "=r"(low) : "r"(l), "r"(0x64806480u));
     asm("sub.rn.f16x2 %0,%1,%2;" : "=r"(high) : "r"(h), "r"(0x64806480u));
   }
+  // Of 4 bits, where LEVELS are 255 less each magnitude: unsigned bytes, for rows r = 0 and r = 1, which are 255 less
+  // the level when `negative`, 255 for a negative one and else 0, is added.
+  DEVICE void bytes_to_add(const Words& words, int tile, u32& first, u32& second, u32& negative, u32& negative8) const {
+    const u32 w = words.plane[tile], magnitudes = w & 0x77777777u;
+    negative = permute(w, 0, 0xBA98);  // the sign of each byte
+    negative8 = permute(w << 4, 0, 0xBA98);
+    first = permute(low, LEVELS_HIGH, magnitudes) ^ negative;
+    second = permute(low, LEVELS_HIGH, upper_half(magnitudes)) ^ negative8;
+  }
   // Bytes of levels, for rows r = 0 and r = 1; of 8 bits the codes themselves.
   DEVICE void bytes(const Words& words, int tile, u32& first, u32& second) const {
     if (BITS == 8) {

@@ -61,7 +61,22 @@ DEVICE uint4 load_four(u32 address) {
   asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3},[%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(address));
   return x;
 }
-// COUNT words in a row, at a multiple of 4 bytes, or of 16 if there are a multiple of four.
+// COUNT words in a row, at a multiple of 4 bytes, or of 16 if there are a multiple of four. In shared memory, or not.
+template <int COUNT>
+DEVICE void load_row(u32 (&words)[COUNT], const u32* source) {
+#pragma unroll
+  for (int i = 0; i < COUNT; i += 4) {
+    if (COUNT % 4 == 0) {
+      const uint4 x = *(const uint4*)(source + i);
+      words[i] = x.x;
+      words[i + 1] = x.y;
+      words[i + 2] = x.z;
+      words[i + 3] = x.w;
+    } else {
+      for (int j = i; j < i + 4 && j < COUNT; j++) words[j] = source[j];
+    }
+  }
+}
 template <int COUNT>
 DEVICE void load_row(u32 (&words)[COUNT], u32 address) {
   if (COUNT % 4 == 0) {

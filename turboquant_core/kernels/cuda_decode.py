@@ -13,7 +13,13 @@ from torch import Tensor
 
 from turboquant_core.block_codec import BlockCodec
 from turboquant_core.kernels.cuda_kernel import Kernel
-from turboquant_core.kernels.decode_shape import DecodeShape, fit_device, kernel_constants, level_unit
+from turboquant_core.kernels.decode_shape import (
+    DecodeShape,
+    fit_device,
+    kernel_constants,
+    key_unit,
+    value_unit,
+)
 from turboquant_core.reference import AttentionOptions, Codec
 from turboquant_core.step_plan import DecodeTables
 from turboquant_core.transform import Transform
@@ -102,27 +108,25 @@ class CudaDecode:
         is_many = batch * num_kv_heads > self._grid
         prepare, merge = self._around_many if is_many else self._around_one
         grid = (-(-batch // (shape.many if is_many else 1)) * num_kv_heads,)
-        prepare.launch(
-            grid,
-            queries,
-            keys,
-            values,
-            key_operands,
-            _stride(key_operands),
-            *exact,
-            tables.slots,
-            tables.positions,
-            stored_queries,
-            stored_bytes,
-            stored_scales,
-            batch,
-            num_kv_heads,
-            scale,
-            overlaps=True,
-        )
+        if key_operands is not None:
+            prepare.launch(
+                grid,
+                queries,
+                key_operands,
+                _stride(key_operands),
+                stored_queries,
+                stored_bytes,
+                stored_scales,
+                batch,
+                num_kv_heads,
+                scale,
+                overlaps=True,
+            )
         self._decode.launch(
             (self._grid,),
             records,
+            keys,
+            values,
             *exact,
             queries,
             stored_queries,
@@ -141,8 +145,8 @@ class CudaDecode:
             tables.block_tables.stride(0),
             scale,
             softcap,
-            level_unit(shape.key_dim, shape.key_bits),
-            level_unit(shape.value_dim, shape.value_bits),
+            key_unit(shape),
+            value_unit(shape),
             overlaps=True,
         )
         merge.launch(
@@ -156,7 +160,7 @@ class CudaDecode:
             batch,
             num_kv_heads,
             self._grid,
-            level_unit(shape.value_dim, shape.value_bits),
+            value_unit(shape),
             overlaps=True,
         )
         return output
@@ -174,8 +178,8 @@ def _operands(transform: Transform, which: int, device: torch.device) -> Tensor:
         dim = transform.dim
         rounded = matrices.bfloat16()
         parts = torch.stack([rounded, (matrices - rounded.float()).bfloat16()], 1)
-        # head, part, step, b, t, e, tile, g: see prepare.cuh
-        tiled = parts.view(-1, 2, dim // 16, 2, 4, 2, dim // 8, 8).permute(0, 6, 2, 7, 4, 1, 3, 5)
+        # Rows of a step are 4t + 2e + b, as rows of queries are read; e goes between a lane's two operands.
+        tiled = parts.view(-1, 2, dim // 16, 4, 2, 2, dim // 8, 8).permute(0, 6, 2, 7, 3, 1, 4, 5)
         return tiled.reshape(-1, dim // 8, dim // 16, 32, 2, 4)
 
 

@@ -1,9 +1,9 @@
 // Attention of one new token per request over its exact tokens and its blocks: what reference.py defines as
 // decode_attention. record.py defines the bytes; its names g, t, r, j, Q, R are used here too.
 //
-// Three launches, each of which starts while the one before it is still busy:
-//   prepare  keeps the new keys and values, transforms the queries;
-//   decode   attends: a persistent grid, among whose warps all work is divided evenly;
+// Launches, each of which starts while the one before it is still busy:
+//   prepare  transforms the queries, if there are blocks with codes to multiply them with;
+//   decode   keeps the new keys and values, attends: a persistent grid, among whose warps all work is divided evenly;
 //   merge    joins what its thread blocks have found, brings sums of stored values back, divides.
 //
 // The work of a request and kv head is two segments: its exact tokens in tiles of 16, then its blocks in halves
@@ -14,7 +14,8 @@
 //
 // Codes are the A operand of mma.m16n8k16, in registers, queries and weights the B operand: 16 tokens (scores)
 // or 16 dimensions (sums) by 8 query heads. Keys' levels of 2, 3 and 8 bits are integers and multiplied as such, by
-// mma.m16n8k32, with queries of 16 bits in two parts. Where a kv head has at most 4 query heads, the columns hold the
+// mma.m16n8k32, with queries of 16 bits in two parts; so are those of 4 bits, see `bytes_to_add`, for at most 4 heads:
+// for more, as many products cost more than a conversion. Where a kv head has at most 4 query heads, the columns hold the
 // heads twice, and the two 16-token tiles of a half share one set of registers from the scores on: lanes with
 // t < 2 hold the first tile, the others the second.
 //
@@ -25,7 +26,7 @@
 // of a kv head), NUM_SINKS, RING_SIZE, IS_BFLOAT16 (the exact tokens' type; else float16), NUM_WARPS,
 // RING_SLOTS (halves in shared memory, of each warp), AROUND_THREADS (of the other kernels), MANY (requests of one
 // of their thread blocks, where there are many), KEY_LEVELS_LOW/HIGH and VALUE_LEVELS_LOW/HIGH (bytes of the
-// levels: of 4 bits the magnitudes, else all; e4m3, but 8-bit integers if IN_BYTES).
+// levels: of 4 bits the magnitudes, else all; e4m3, but 8-bit integers if IN_BYTES, of 4 bits those less than 255).
 
 #include "instructions.cuh"
 
@@ -37,7 +38,8 @@ constexpr int NUM_PLACES = NUM_SINKS + RING_SIZE;
 constexpr int EXACT_WORK = TILE_WORK * ((NUM_PLACES + 15) / 16);  // of a request and kv head
 constexpr bool IS_PLAIN = KEY_BITS == 16;      // blocks are as exact as the newest tokens
 constexpr bool IN_BFLOAT16 = IS_PLAIN && IS_BFLOAT16;  // products with blocks
-constexpr bool IN_BYTES = KEY_BITS == 2 || KEY_BITS == 3 || KEY_BITS == 8;  // products with keys
+constexpr bool IN_PARTS = KEY_BITS == 4 && IS_SHARED;  // levels of keys are two bytes that add up
+constexpr bool IN_BYTES = IN_PARTS || KEY_BITS == 2 || KEY_BITS == 3 || KEY_BITS == 8;  // products with keys
 
 __host__ __device__ constexpr int code_bytes(int tiles, int bits) {
   return 128 * (bits == 2 ? tiles / 2 : bits == 3 ? tiles / 2 + (tiles + 3) / 4 : tiles * bits / 4);
@@ -68,9 +70,10 @@ typedef Codes<VALUE_BITS, 2 * VALUE_TILES, VALUE_LEVELS_LOW, VALUE_LEVELS_HIGH> 
 
 struct Arguments {
   const u8* records;
-  const void *exact_keys, *exact_values;
-  const void* queries;
-  const u16* stored_queries;       // transformed, divided by their scale
+  const u16 *new_keys, *new_values;  // null: they are kept
+  u16 *exact_keys, *exact_values;
+  const u16* queries;
+  const u16* stored_queries;       // transformed, divided by their scale; unless IN_BYTES
   const u8* stored_bytes;          // the same as 16-bit integers: KEY_DIM upper bytes, then the lower ones
   const float* stored_scales;      // what their products are to be multiplied with
   const int *slots, *positions, *exact_starts, *first_visible, *block_tables, *block_starts;
@@ -80,6 +83,7 @@ struct Arguments {
   float key_unit, value_unit;      // what the level 1 stands for
 };
 
+#include "prepare.cuh"
 #include "shares.cuh"
 #include "softmax.cuh"
 #include "attend_exact.cuh"
@@ -98,20 +102,21 @@ static_assert(RING_BYTES >= 4 * PARTIAL, "a ring has no room for a partial");
 DEVICE int partial_of(int thread_block, int segment) { return 2 * (thread_block + segment); }
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
-    decode(const u8* records, const void* exact_keys, const void* exact_values, const void* queries,
-           const u16* stored_queries, const u8* stored_bytes, const float* stored_scales, const int* slots,
-           const int* positions, const int* exact_starts, const int* first_visible, const int* block_tables,
-           const int* block_starts, const int* work_starts, float* partials, int batch, int num_heads,
-           int table_stride, float scale, float softcap, float key_unit, float value_unit) {
-  const Arguments args = {records, exact_keys, exact_values, queries, stored_queries, stored_bytes, stored_scales,
-                          slots, positions, exact_starts, first_visible, block_tables, block_starts, work_starts,
-                          num_heads, table_stride, scale, softcap, key_unit, value_unit};
+    decode(const u8* records, const u16* new_keys, const u16* new_values, u16* exact_keys, u16* exact_values,
+           const u16* queries, const u16* stored_queries, const u8* stored_bytes, const float* stored_scales,
+           const int* slots, const int* positions, const int* exact_starts, const int* first_visible,
+           const int* block_tables, const int* block_starts, const int* work_starts, float* partials, int batch,
+           int num_heads, int table_stride, float scale, float softcap, float key_unit, float value_unit) {
+  const Arguments args = {records, new_keys, new_values, exact_keys, exact_values, queries, stored_queries,
+                          stored_bytes, stored_scales, slots, positions, exact_starts, first_visible, block_tables,
+                          block_starts, work_starts, num_heads, table_stride, scale, softcap, key_unit, value_unit};
   extern __shared__ __align__(128) u8 memory[];
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   const u32 start_of_shared = (u32)__cvta_generic_to_shared(memory), ring = start_of_shared + warp * RING_BYTES;
   const u32 barriers = start_of_shared + BARRIERS_AT + 8 * warp * RING_SLOTS;
   const u32 offsets = start_of_shared + OFFSETS_AT + 4 * warp * RING_SLOTS;
   int* unfinished = (int*)(memory + UNFINISHED_AT);
+  if (IS_PLAIN) wait_for_previous();  // else prepare has: what it writes is all there is to wait for
   let_next_start();
   const Shares shares((u32)work_starts[batch] * num_heads, gridDim.x * NUM_WARPS);
   const u32 worker = blockIdx.x * NUM_WARPS + warp;
@@ -131,7 +136,6 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
     found.store(items[1]);
     Feed feed(args, ring, barriers, offsets, items[1], number, end);
     for (int i = 0; i < RING_SLOTS; i++) feed.copy(lane);
-    wait_for_previous();
     const KeyCodes key_codes;
     const ValueCodes value_codes;
     Softmax softmax;
@@ -145,11 +149,14 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
       const bool is_exact = number < exact_end;
       const u32 segment_end = is_exact ? exact_end : item.start + item.count, stop = min(end, segment_end);
       const int segment = 2 * (item.request * num_heads + item.head) + !is_exact;
+      const int first_tile = pieces(number - item.start, TILE_WORK), end_tile = pieces(stop - item.start, TILE_WORK);
+      if (is_exact) keep_newest(args, item, first_tile, end_tile, lane);
       softmax.reset();
       if (is_exact) {
-        for (int tile = pieces(number - item.start, TILE_WORK); tile < pieces(stop - item.start, TILE_WORK); tile++)
+        for (int tile = first_tile; tile < end_tile; tile++)
           attend_exact(args, item, tile, lane, softmax);
       } else {
+        wait_for_previous();
         operands.load(args, item, lane);
         const int first = pieces(number - exact_end, HALF_WORK);
         int num_hidden = first_visible[item.request] - block_starts[item.request] - 32 * first;
@@ -173,6 +180,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
       if (!is_finished) left = segment;
     }
   }
+  wait_for_previous();  // as what comes after this takes prepare for done
   if (lane == 0) unfinished[warp] = left;
   __syncthreads();
   for (int from = 0, to; from < NUM_WARPS; from = to) {  // warps that have left the same segment
@@ -199,5 +207,4 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
   }
 }
 
-#include "prepare.cuh"
 #include "merge.cuh"

@@ -64,6 +64,16 @@ class DecodeShape:
         return self.group_size * (self.value_dim + 2)
 
     @property
+    def has_key_parts(self) -> bool:
+        """Tell whether keys of 4 bits are multiplied as integers: IN_PARTS in the source."""
+        return self.key_bits == 4 and self.group_size <= 4
+
+    @property
+    def key_factor(self) -> int:
+        """Return what the codebook's levels of keys are multiplied with."""
+        return 8 if self.has_key_parts else 1
+
+    @property
     def around_threads(self) -> int:
         """Return the threads of a block of the kernels before and after attention."""
         return 256 if max(self.key_dim, self.value_dim) > 128 else 512
@@ -113,29 +123,41 @@ def kernel_constants(shape: DecodeShape, fit: Fit) -> dict[str, int]:
         "AROUND_THREADS": shape.around_threads,
         "MANY": shape.many,
     }
-    # Keys of 2 and 3 bits are multiplied as integers, which their levels are.
-    key_type = torch.float8_e4m3fn if shape.key_bits == 4 else torch.int8
-    for name, bits, dtype in (
-        ("KEY", shape.key_bits, key_type),
-        ("VALUE", shape.value_bits, torch.float8_e4m3fn),
-    ):
-        levels = _level_bytes(bits, dtype)
+    for name, levels in (("KEY", _key_levels(shape)), ("VALUE", _value_levels(shape.value_bits))):
         constants[f"{name}_LEVELS_LOW"] = int.from_bytes(levels[:4], "little")
         constants[f"{name}_LEVELS_HIGH"] = int.from_bytes(levels[4:], "little")
     return constants
 
 
-def _level_bytes(bits: int, dtype: torch.dtype) -> bytes:
-    """Return eight levels' bytes: at 4 bits the magnitudes, else those of negative ones too."""
-    if bits >= 8:
-        return bytes(8)
-    magnitudes, _ = e4m3_magnitudes(_MAX_DIM, bits)
-    levels = [*magnitudes, *(-magnitude for magnitude in magnitudes)][:8]
-    return bytes(torch.tensor(levels).to(dtype).view(torch.uint8).tolist()).ljust(8, b"\0")
+def _levels(bits: int) -> list[float]:
+    """Return eight levels: at 4 bits the magnitudes, else those of negative ones too."""
+    magnitudes = e4m3_magnitudes(_MAX_DIM, bits)[0] if bits < 8 else ()
+    return [*magnitudes, *(-magnitude for magnitude in magnitudes), *[0.0] * 8][:8]
 
 
-def level_unit(dim: int, bits: int) -> float:
-    """Return what the number 1 stands for among those that the kernel makes of codes."""
+def _value_levels(bits: int) -> bytes:
+    return bytes(torch.tensor(_levels(bits)).to(torch.float8_e4m3fn).view(torch.uint8).tolist())
+
+
+def _key_levels(shape: DecodeShape) -> bytes:
+    """Return integers where keys are multiplied as such; those of 4 bits as what is left of 255."""
+    if shape.key_bits == 4 and not shape.has_key_parts:
+        return _value_levels(4)
+    integers = [round(level * shape.key_factor) for level in _levels(shape.key_bits)]
+    return bytes((255 - level if shape.has_key_parts else level) % 256 for level in integers)
+
+
+def key_unit(shape: DecodeShape) -> float:
+    """Return what the number 1 stands for among those that the kernel makes of codes of keys."""
+    return _unit(shape.key_dim, shape.key_bits) / shape.key_factor
+
+
+def value_unit(shape: DecodeShape) -> float:
+    """Return the same of values."""
+    return _unit(shape.value_dim, shape.value_bits)
+
+
+def _unit(dim: int, bits: int) -> float:
     return 1.0 if bits >= 8 else e4m3_magnitudes(dim, bits)[1]
 
 

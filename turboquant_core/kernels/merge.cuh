@@ -21,15 +21,39 @@ struct Parted {
   }
 };
 
+// 16 rows in two parts of bfloat16 that add up. Rows lie so that 4 of them do not meet in a bank.
+template <int DIM>
+struct SharedRows {
+  static constexpr bool HAS_REST = true;
+  static constexpr int ROW = DIM / 2 + 8;
+  u32 words[2][16][ROW];
+  DEVICE void store(int row, int word, float even, float odd) {
+    split(even, odd, words[0][row][word], words[1][row][word]);
+  }
+  DEVICE void load(int step, u32 (&a)[4], u32 (&left)[4]) const {
+    const int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      const uint2 x = *(const uint2*)&words[0][g + 8 * r][8 * step + 2 * t];
+      const uint2 y = *(const uint2*)&words[1][g + 8 * r][8 * step + 2 * t];
+      a[r] = x.x;
+      a[2 + r] = x.y;
+      left[r] = y.x;
+      left[2 + r] = y.y;
+    }
+  }
+};
+
 // Of REQUESTS requests and a kv head. See `merge`.
 template <int REQUESTS>
 DEVICE void merge_requests(const float* partials, const int* work_starts, const uint4* operands, int operands_stride,
                            const float* sink_scores, void* output, int batch, int num_heads, int grid, float value_unit) {
   constexpr int ROWS = REQUESTS * GROUP, PARTS = AROUND_THREADS / VALUE_DIM;
-  typedef Matrix<VALUE_DIM> Transform;
+  constexpr int WARPS = AROUND_THREADS / 32;
+  typedef Matrix<VALUE_DIM, WARPS> Transform;
   // Of one request each part of the threads adds up some partials, of many all those of some requests.
   constexpr int NUM_FOUND = REQUESTS == 1 ? PARTS : 1, STEP = NUM_FOUND;
-  __shared__ Rows<VALUE_DIM, 2> rows;
+  __shared__ __align__(8) SharedRows<VALUE_DIM> rows;
   __shared__ float denominators[ROWS];
   __shared__ Parted segments[REQUESTS][2];  // exact tokens, blocks
   typedef float Found[NUM_FOUND][ROWS][VALUE_DIM];
@@ -80,7 +104,7 @@ DEVICE void merge_requests(const float* partials, const int* work_starts, const 
   const bool adds = part_of_threads < PARTS;
   if (adds && own < num_requests) fetch(own, part);  // on their way while they get their weights
 
-  for (int row = thread >> 5; row < num_requests * GROUP; row += AROUND_THREADS / 32) {
+  for (int row = thread >> 5; row < num_requests * GROUP; row += WARPS) {
     const int r = row / GROUP, m = row % GROUP;
     float reference = LOWEST, denominator = 0, *weight = weights + row * max_count;
     for (int i = lane; i < count_of(r); i += 32) {
@@ -152,7 +176,7 @@ DEVICE void merge_requests(const float* partials, const int* work_starts, const 
   const int warp = thread >> 5, g = lane >> 2, t = lane & 3;
 #pragma unroll
   for (int i = 0; i < Transform::OWN; i++) {
-    const int tile = warp + i * NUM_WARPS_AROUND, dim = 8 * tile + 2 * t;
+    const int tile = warp + i * WARPS, dim = 8 * tile + 2 * t;
     if (tile >= Transform::TILES) break;
     float products[4];
     transform.multiply_rows(rows, i, products);
