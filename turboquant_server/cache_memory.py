@@ -46,8 +46,9 @@ def size_cache(
     layers: dict[int, StoreLayer],
     max_model_len: int,
     compiled: CompiledForward | None = None,
+    reserved_bytes: int = 0,
 ) -> CacheSize:
-    """Return the cache that the device has room for, as the flags say.
+    """Return the cache that the device has room for, as the flags say, beside bytes that others will take.
 
     Raises:
         ModelLoadError: There is not enough memory.
@@ -60,14 +61,14 @@ def size_cache(
     in_use = memory_in_use(device)
     if config.kv_cache_memory is not None:
         size = divide(config.kv_cache_memory)
-        available = memory_budget(device, 1.0) - in_use
+        available = memory_budget(device, 1.0) - in_use - reserved_bytes
         if size.num_bytes > available:
             raise ModelLoadError(
                 f"--kv-cache-memory asks for {format_bytes(size.num_bytes)} and {device} has "
                 f"{format_bytes(available)} left; give less"
             )
         return size
-    budget = memory_budget(device, config.gpu_memory_utilization, config.vram_limit)
+    budget = memory_budget(device, config.gpu_memory_utilization, config.vram_limit) - reserved_bytes
     if device.type != "cuda":
         return divide(budget)  # what is left of the machine's memory is enough for the steps
     left = budget - in_use - CUDA_RESERVE

@@ -113,7 +113,7 @@ def plan_cache(
         has_16_bits = model.dtype in (torch.bfloat16, torch.float16)
         return CachePlan(16, 16, exact_dtype=model.dtype if has_16_bits else torch.bfloat16)
     key_bits, value_bits = config.kv_bits or (config.bits, config.bits)
-    sample = _sample(model, tokenizer, max_model_len)
+    sample = sample_windows(model, tokenizer, max_model_len)
     try:
         transforms = measure_transforms(model, sample) if sample.numel() else {}
     except torch.OutOfMemoryError:
@@ -136,7 +136,7 @@ def plan_cache(
     return CachePlan(key_bits, value_bits, bit_plan, transforms)
 
 
-def _sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_model_len: int) -> Tensor:
+def sample_windows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_model_len: int) -> Tensor:
     """Return ``[num_windows, num_tokens]`` of the sample text, each with what starts a text in front.
 
     No windows where the context has no room for more than that.

@@ -130,6 +130,14 @@ class CacheConfig(BaseModel):
     enable_prefix_caching: bool = Field(
         True, description="let prompts that begin alike share what was read of them"
     )
+    fidelity_sample_rate: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="share of the answers, such as 0.01, that are compared with what the model predicts "
+        "without compression, while there is nothing else to do (default: none); see fidelity_* in /metrics",
+    )
 
     @field_validator("bits")
     @classmethod
@@ -255,6 +263,8 @@ class ServerConfig(ModelConfig, CacheConfig, StepConfig, DoorConfig, BaseSetting
         chosen = [self._chosen(names) for names in CHOICES]
         if self.kv_cache_dtype == "bf16":
             chosen.append([*self._chosen(BITS), "--kv-cache-dtype bf16"])
+            if self.fidelity_sample_rate:
+                chosen.append(["--fidelity-sample-rate", "--kv-cache-dtype bf16"])
         for flags in chosen:
             if len(flags) > 1:
                 raise PydanticCustomError(

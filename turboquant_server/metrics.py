@@ -14,10 +14,12 @@ from prometheus_client.registry import Collector
 
 from turboquant_server.engine.observer import Observer
 from turboquant_server.engine.request import RequestOutput, RequestTimeoutError
+from turboquant_server.fidelity_metrics import FIDELITY_NAMES, describe_fidelity
 
 if TYPE_CHECKING:
     from turboquant_server.cache_usage import CacheUsage
     from turboquant_server.engine.engine import StepOutput
+    from turboquant_server.engine.fidelity import FidelityState
     from turboquant_server.engine.sampling_params import SamplingParams
 
 PREFIX = "turboquant:"
@@ -55,6 +57,7 @@ class EngineState:
     num_capacity_tokens: int
     num_bf16_capacity_tokens: int
     cache_config: dict[str, str]
+    fidelity: FidelityState | None = None
 
 
 @dataclass
@@ -189,8 +192,8 @@ class Metrics(Observer):
         families = [*self._registry.collect(), *(self._describe(state) if state else ())]
         renamed = [_renamed(family, PREFIX) for family in families]
         if with_aliases:
-            shared = (family for family in families if family.name.removeprefix(PREFIX) not in OWN_NAMES)
-            renamed += [_renamed(family, ALIAS_PREFIX) for family in shared]
+            own = {PREFIX + name for name in (*OWN_NAMES, *FIDELITY_NAMES)}
+            renamed += [_renamed(family, ALIAS_PREFIX) for family in families if family.name not in own]
         return generate_latest(_Families(renamed))
 
     def _describe(self, state: EngineState) -> Iterator[Metric]:
@@ -225,6 +228,8 @@ class Metrics(Observer):
         info = GaugeMetricFamily(name, "The cache.", labels=(*LABELS, *state.cache_config))
         info.add_metric((*self._labels, *state.cache_config.values()), 1)
         yield info
+        if state.fidelity is not None:
+            yield from describe_fidelity(state.fidelity, PREFIX, LABELS, self._labels)
 
     def _count_first_token(self, record: _Record, output: RequestOutput, now: float) -> None:
         record.first_token = now

@@ -23,6 +23,7 @@ from turboquant_server.engine.engine import Engine
 from turboquant_server.engine.grammar import GrammarCompiler
 from turboquant_server.engine.model_runner import ModelRunner
 from turboquant_server.engine.scheduler import Scheduler
+from turboquant_server.fidelity_check import build_fidelity, measure_range, size_exact_cache
 from turboquant_server.load_error import ModelLoadError
 from turboquant_server.metrics import EngineState, Metrics
 from turboquant_server.model_loader import LoadedModel, load_model
@@ -90,14 +91,20 @@ class ModelManager:
             if attention.is_paged and not attention.state_bytes and not self._config.enforce_eager:
                 # Before there is a cache, so that it gets no memory that the compiled forward takes.
                 compiled = compile_forward(model, self._config.max_num_batched_tokens)
+            exact_size = size_exact_cache(self._config, model, attention, max_model_len)
+            exact_bytes = 0 if exact_size is None else exact_size.num_bytes
             self._cache_size = size_cache(
-                self._config, model, tokenizer, attention, layers, max_model_len, compiled
+                self._config, model, tokenizer, attention, layers, max_model_len, compiled, exact_bytes
             )
             self._cache_manager = open_manager(
                 attention, self._cache_size, caches_prefixes=self._config.enable_prefix_caching
             )
             self.max_model_len = self._fit(source, max_model_len)
             store, states = build_store(attention, layers, self._cache_size, model.dtype, model.device)
+            self._fidelity = None
+            if exact_size is not None:
+                rate = self._config.fidelity_sample_rate
+                self._fidelity = build_fidelity(rate, model, attention, exact_size)
         except UnsupportedModelError as error:
             raise ModelLoadError(
                 f"{source} cannot be served with a {self._config.kv_cache_dtype} KV cache: {error}; "
@@ -128,7 +135,10 @@ class ModelManager:
             vocab_size=embeddings.num_embeddings,
             max_model_len=self.max_model_len,
             overlaps_steps=model.device.type == "cuda",
+            fidelity=self._fidelity,
         )
+        if self._fidelity is not None:
+            measure_range(engine, self._fidelity, model, tokenizer)
         self.engine = AsyncEngine(engine, self.metrics, self._config.request_timeout)
         self.engine.start()
 
@@ -192,6 +202,7 @@ class ModelManager:
             usage=measure_usage(size, manager, engine.running),
             num_capacity_tokens=size.num_tokens,
             num_bf16_capacity_tokens=size.num_bf16_tokens,
+            fidelity=self._fidelity.state if self._fidelity else None,
             cache_config={
                 "block_size": str(BLOCK_SIZE),
                 "cache_dtype": self._config.kv_cache_dtype,
@@ -214,6 +225,7 @@ class ModelManager:
         self.is_ready = False
         self.engine.shutdown()
         del self.engine, self.grammars, self._model, self.tokenizer, self._cache_manager, self._cache_plan
+        del self._fidelity
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -230,6 +242,7 @@ class ModelManager:
             cache_plan=self._cache_plan,
             cache_size=self._cache_size,
             max_model_len=self.max_model_len,
+            fidelity=str(self._fidelity.state.range) if self._fidelity else "",
         )
 
 

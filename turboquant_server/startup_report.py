@@ -24,6 +24,7 @@ def format_report(
     cache_plan: CachePlan,
     cache_size: CacheSize,
     max_model_len: int,
+    fidelity: str = "",
 ) -> str:
     """Return aligned lines about a loaded model and its cache.
 
@@ -37,6 +38,7 @@ def format_report(
         cache_plan: How the cache is kept.
         cache_size: What it holds.
         max_model_len: Most tokens of a request.
+        fidelity: How it compares with predictions without compression, if that was measured.
     """
     weights = "random weights, " if load_format == "dummy" else ""
     weights += "" if quantize == "none" else f"weights in {quantize}, "
@@ -48,6 +50,7 @@ def format_report(
         "loaded in": f"{load_seconds:.1f} s",
         "context": f"{max_model_len:,} tokens",
         **_format_cache(cache_plan, cache_size, model.dtype),
+        **({"fidelity": fidelity} if fidelity else {}),
         "requests": _format_requests(cache_size, max_model_len),
         "answers": chat_format,
     }

@@ -188,7 +188,7 @@ class Bench:
         overlaps_steps: bool = False,
     ) -> None:
         inner = copy.deepcopy(model)
-        attention = attention or _plain_attention(inner.config)
+        attention = attention or plain_attention(inner.config)
         if attention.is_paged:
             assert use_paged_attention(inner)
         self.model = RecordingModel(inner)
@@ -240,7 +240,7 @@ class Bench:
         assert self.manager.num_free_blocks == self._num_blocks
 
 
-def _plain_attention(config: Any) -> ModelAttention:
+def plain_attention(config: Any) -> ModelAttention:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     layers = range(config.num_hidden_layers)
     return ModelAttention(

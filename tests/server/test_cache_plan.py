@@ -166,7 +166,7 @@ def test_a_cache_of_16_bits_has_the_models_type_if_that_has_16_bits_and_nothing_
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("something was measured")
 
-    for name in ("_sample", "measure_transforms", "plan_bits"):
+    for name in ("sample_windows", "measure_transforms", "plan_bits"):
         monkeypatch.setattr(cache_plan, name, fail)
     model: Any = SimpleNamespace(dtype=dtype)
     plan = plan_cache(ServerConfig(kv_cache_dtype="bf16"), model, tiny_tokenizer, 2048)

@@ -246,7 +246,7 @@ class AsyncEngine:
         """Take in all that arrived, waiting while there is nothing to do; False says shut down."""
         while True:
             try:
-                message = self._inbox.get(block=not self._engine.has_unfinished_requests)
+                message = self._inbox.get(block=not self._engine.has_work)
             except queue.Empty:
                 return True
             if isinstance(message, _Shutdown):

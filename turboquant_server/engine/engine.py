@@ -31,6 +31,7 @@ from turboquant_server.engine.sampling_params import SamplingParams
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from turboquant_server.engine.fidelity import Fidelity
     from turboquant_server.engine.model_runner import ModelRunner
     from turboquant_server.engine.pending_step import PendingStep
     from turboquant_server.engine.scheduler import Scheduler
@@ -67,6 +68,7 @@ class Engine:
         max_model_len: Most tokens of prompt and answer together.
         overlaps_steps: Launch a step before the one before it has ended; a request that ends by what its
             tokens are costs a token more then.
+        fidelity: Compares a sample of the answers with what the model predicts without compression.
     """
 
     def __init__(
@@ -79,8 +81,10 @@ class Engine:
         max_model_len: int,
         *,
         overlaps_steps: bool = False,
+        fidelity: Fidelity | None = None,
     ) -> None:
         self.scheduler = scheduler
+        self.fidelity = fidelity
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
         self._model_runner = model_runner
@@ -91,8 +95,13 @@ class Engine:
 
     @property
     def has_unfinished_requests(self) -> bool:
-        """Tell whether a step has something to do."""
+        """Tell whether a request waits or runs."""
         return bool(self.scheduler.waiting or self.scheduler.running)
+
+    @property
+    def has_work(self) -> bool:
+        """Tell whether a step has something to do, be it only to compare answers that were given."""
+        return self.has_unfinished_requests or (self.fidelity is not None and self.fidelity.has_work)
 
     def add_request(
         self,
@@ -138,6 +147,8 @@ class Engine:
             for index in range(sampling_params.n)
         ]
         first, *first.forks = choices
+        if self.fidelity is not None:
+            first.predictions = self.fidelity.begin(len(prompt_token_ids))
         self.scheduler.add(first)
 
     def _detokenizer(self, prompt_token_ids: list[int], sampling_params: SamplingParams) -> Detokenizer:
@@ -161,13 +172,17 @@ class Engine:
     def abort_request(self, request_id: str) -> None:
         """End a request, wherever it is, without another output. An unknown or finished one is no error."""
         for choice in self.scheduler.find(request_id):
-            self.scheduler.finish(choice, FinishReason.ABORT)
+            self._finish(choice, FinishReason.ABORT)
 
     def step(self) -> list[StepOutput]:
         """Launch one step of all running requests; return the outputs and failures of steps before it.
 
-        Unless it is to overlap with the next one, those of this step too.
+        Unless it is to overlap with the next one, those of this step too. Without requests it is a slice of a
+        comparison.
         """
+        if self.fidelity is not None and not self.has_unfinished_requests:
+            self.fidelity.work()
+            return []
         step = self._launch()
         steps, self._launched = [*self._launched, step], []
         # A request that failed must not be in the next step.
@@ -236,6 +251,8 @@ class Engine:
         if token_id == INVALID_TOKEN_ID:
             return self._fail_without_numbers(request)
         request.token_ids[index] = token_id
+        if request.predictions is not None and row is not None:
+            request.predictions.append(index, row)
         try:
             text, finish_reason = self._extend_text(request, index)
         except Exception:
@@ -245,18 +262,24 @@ class Engine:
             return RequestFailedError(request.request_id, f"The tokenizer cannot decode token {token_id}.")
         if finish_reason is not None:
             del request.token_ids[index + 1 :]
-            self.scheduler.finish(request, finish_reason)
+            self._finish(request, finish_reason)
         prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, None
+        num_top = request.sampling_params.logprobs
         return output_of(
             request,
             text=text,
             token_ids=[token_id],
             num_output_tokens=index + 1 - request.num_prompt_tokens,
             finish_reason=finish_reason,
-            logprobs=() if row is None else (read_logprobs(row, request.sampling_params.logprobs or 0),),
+            logprobs=() if row is None or num_top is None else (read_logprobs(row, num_top),),
             stop_string=request.detokenizer.stop_string,
             prompt_logprobs=tuple(prompt_logprobs or ()),
         )
+
+    def _finish(self, request: Request, reason: FinishReason) -> None:
+        self.scheduler.finish(request, reason)
+        if self.fidelity is not None and request.predictions is not None:
+            self.fidelity.end(request.predictions, request.token_ids)
 
     def _fail_without_numbers(self, request: Request) -> RequestFailedError:
         logger.error("request %s got logits that are not finite", request.request_id)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from turboquant_server.engine.grammar import Matcher
     from turboquant_server.engine.logprobs import TokenLogprobs
     from turboquant_server.engine.sampling_params import SamplingParams
+    from turboquant_server.engine.served_predictions import ServedPredictions
 
 
 class RequestStatus(Enum):
@@ -60,6 +61,7 @@ class Request:
         start_time: When the first step on it began, in seconds of ``time.monotonic``; None before.
         prompt_logprobs: How likely each token of the prompt was, as far as it is known; None for the first.
             None if that was not asked for, or has been reported. Of several choices the first has it.
+        predictions: Where to keep how its tokens were predicted, if they are to be compared.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class Request:
         self.status = RequestStatus.WAITING
         self.finish_reason: FinishReason | None = None
         self.cache: RequestCache | None = None
+        self.predictions: ServedPredictions | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -113,6 +116,11 @@ class Request:
     def scores_prompt(self) -> bool:
         """Tell whether log-probabilities are wanted of the tokens that are to be computed."""
         return self.prompt_logprobs is not None and self.is_new
+
+    @property
+    def looks_up_logprobs(self) -> bool:
+        """Tell whether log-probabilities are wanted of the tokens that are generated."""
+        return self.sampling_params.logprobs is not None or self.predictions is not None
 
     @property
     def is_decoding(self) -> bool:

@@ -73,7 +73,7 @@ class TokenDrawer:
         is_plain = True
         for index, item in enumerate(scheduled):
             position, is_plain_item = item.chunks[-1].end, item.request.sampling_params.is_plain
-            is_plain = is_plain and is_plain_item
+            is_plain = is_plain and is_plain_item and not item.request.looks_up_logprobs
             for choice in item.choices:
                 row = SamplingRow(choice.sampling_params, choice.seed, choice.choice_index, position)
                 choices.append((index, choice, row if is_plain_item else _more_of(row, choice, item)))
@@ -90,7 +90,7 @@ class TokenDrawer:
                 continue
             allowed = self._keep_allowed(part, requests, step_before)
             tokens.append(sample(allowed, rows, self._counts.table))
-            told = [i for i, row in enumerate(rows) if row.sampling_params.logprobs is not None]
+            told = [i for i, choice in enumerate(requests) if choice.looks_up_logprobs]
             if told:
                 places = self._upload(told)
                 logprobs.append(gather_logprobs(part[places], tokens[-1][places]))
