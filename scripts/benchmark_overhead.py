@@ -24,6 +24,8 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
+from aligned_table import format_table
+
 TOKEN = 300  # any that is a piece of plain text
 HOST = "127.0.0.1"
 START_SECONDS = 120
@@ -203,10 +205,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         server.join()
     num_cores = len(os.sched_getaffinity(0))
     print(f"{num_cores} cores; {args.streams} streams of {args.max_tokens} tokens, {args.repeats} times")
-    print("| endpoint | chunks/s, median | worst | best | latency, ms | over the engine's, ms |")
-    print("|---|---|---|---|---|---|")
-    for row in rows:
-        print(f"| {' | '.join(map(str, row.values()))} |")
+    heading = ["endpoint", "chunks/s, median", "worst", "best", "latency, ms", "over the engine's, ms"]
+    print(*format_table([heading, *([str(value) for value in row.values()] for row in rows)]), sep="\n")
     about = {"cores": num_cores, **vars(args), "engine_ms": round(engine_latency * 1e3, 3)}
     print(json.dumps({**about, "rows": rows}))
 

@@ -223,7 +223,7 @@ class ServerClient:
                     if response.status_code != httpx.codes.OK:
                         raise ServerError(await _refusal(response))
                     # To the end, also after [DONE]: a connection with something unread is not used again.
-                    async for data in _events(response):
+                    async for data in read_events(response):
                         if data != b"[DONE]":
                             answer.add(json.loads(data), time.perf_counter())
         except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -235,7 +235,7 @@ class ServerClient:
         return answer
 
 
-async def _events(response: httpx.Response) -> AsyncIterator[bytes]:
+async def read_events(response: httpx.Response) -> AsyncIterator[bytes]:
     """Yield the data of each server-sent event.
 
     httpx's lines would also end at U+2028 and its like, which JSON holds as they are.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,6 +60,11 @@ def test_imports_point_one_way(folder: str, forbidden: str) -> None:
     for file in python_files(folder):
         for module in imported_modules(file):
             assert not f"{module}.".startswith(f"{forbidden}."), f"{file} imports {module}"
+
+
+def test_the_application_and_what_is_before_replicas_import_no_torch() -> None:
+    code = "import sys, turboquant_server.app, turboquant_server.relay; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_the_server_uses_the_core_by_its_public_names() -> None:
@@ -117,16 +124,3 @@ def test_links_in_the_readme_lead_somewhere() -> None:
     assert links
     for link in links:
         assert (ROOT / link).exists(), link
-
-
-def test_the_readme_example_of_the_cache_runs(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    [example] = [
-        block for block in re.findall(r"```python\n(.+?)```", README, re.DOTALL) if "Cache(" in block
-    ]
-    monkeypatch.chdir(ROOT)
-    exec(compile(example, "README.md", "exec"), {})
-    answer, footprint = capsys.readouterr().out.splitlines()
-    held, bf16 = (int(number.replace(",", "")) for number in re.findall(r"[\d,]{4,}", footprint))
-    assert "271828" in answer and held < bf16 / 2

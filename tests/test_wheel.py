@@ -1,4 +1,4 @@
-"""The wheel, built here and run from its own files alone, outside the checkout, with requests of README."""
+"""The wheel, built here and run from its own files alone, outside the checkout."""
 
 from __future__ import annotations
 
@@ -7,18 +7,13 @@ import email.parser
 import json
 import os
 import re
-import shlex
 import subprocess
 import sys
-import urllib.request
 from pathlib import Path
-
-import pytest
 
 import turboquant_server
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
 DOCKERFILE = (ROOT / "docker/Dockerfile").read_text()
 PACKAGES = ("turboquant_core", "turboquant_server")
 DATA_FILES = (
@@ -33,12 +28,6 @@ DATA_FILES = (
     "demo/tokenizer.json",
     "demo/tokenizer_config.json",
 )
-
-
-def post(url: str, body: bytes) -> dict[str, object]:
-    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
-    answer: dict[str, object] = json.load(urllib.request.urlopen(request))
-    return answer
 
 
 def metadata(wheel_dir: Path) -> email.message.Message:
@@ -65,27 +54,6 @@ def test_the_wheel_says_what_it_is(wheel_dir: Path) -> None:
     assert "turboquant-server = turboquant_server.cli:main" in entry_points.read_text()
     assert 'ENTRYPOINT ["turboquant-server"]' in DOCKERFILE
     assert list(wheel_dir.glob("*.dist-info/licenses/LICENSE"))
-
-
-def test_the_readme_curl_line_gets_the_answer(demo_server_url: str) -> None:
-    [line] = re.findall(r"```bash\n(curl .+?)```", README, re.DOTALL)
-    command = shlex.split(line)
-    url = command[1].replace("http://127.0.0.1:8000", demo_server_url)
-    answer = json.dumps(post(url, command[command.index("-d") + 1].encode()))
-    assert "271828" in answer
-
-
-def test_the_readme_sdk_example_gets_the_answer(
-    demo_server_url: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    [example] = [
-        block for block in re.findall(r"```python\n(.+?)```", README, re.DOTALL) if "OpenAI(" in block
-    ]
-    example = example.replace("http://127.0.0.1:8000", demo_server_url)
-    namespace: dict[str, object] = {}
-    exec(compile(example, "README.md", "exec"), namespace)
-    assert "271828" in capsys.readouterr().out
-    namespace["client"].close()  # type: ignore[attr-defined]
 
 
 def test_the_container_is_healthy_when_the_server_is(demo_server_url: str) -> None:

@@ -37,6 +37,10 @@ SPIN_COUNT = ("GOMP_SPINCOUNT", "3000")
 # the event loop 5 ms to give it back: steps of 16 requests then take twice as long (the same model).
 SWITCH_INTERVAL = 0.0005
 
+# Longer than proxies keep idle connections, nginx and AWS's balancers for 60 seconds, cloudflared for 90: now
+# and then they would send a request on one that is just being closed.
+KEEP_ALIVE_SECONDS = 100
+
 logger = logging.getLogger(__name__)
 
 
@@ -111,6 +115,7 @@ def serve(config: ServerConfig) -> None:
                 log_config=None,
                 access_log=False,
                 lifespan="off",
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
                 timeout_graceful_shutdown=CUT_OFF_SECONDS,
                 ssl_certfile=config.ssl_certfile,
                 ssl_keyfile=config.ssl_keyfile,

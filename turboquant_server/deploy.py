@@ -26,7 +26,6 @@ from turboquant_server.app import build_app, check_health
 from turboquant_server.cli import SPIN_COUNT, SWITCH_INTERVAL, configure_logging
 from turboquant_server.config import ServerConfig
 from turboquant_server.deploy_config import DeployConfig
-from turboquant_server.model_manager import ModelManager
 from turboquant_server.prompt_routing import order_replicas, prompt_beginning
 from turboquant_server.relay import Relay, ReplicaLostError
 
@@ -66,6 +65,9 @@ class Server:
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
+        # Here, because it imports torch, for which Front has no use.
+        from turboquant_server.model_manager import ModelManager
+
         configure_logging()
         sys.setswitchinterval(SWITCH_INTERVAL)
         self._model_manager = ModelManager(ServerConfig(**settings))

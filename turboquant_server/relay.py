@@ -5,6 +5,7 @@ Knows nothing of Ray, and of the API only what an error looks like where.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
@@ -13,11 +14,13 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import Message, Receive, Scope, Send
 
 from turboquant_server.api.door import HEALTH, METRICS
-from turboquant_server.api.errors import unavailable
+from turboquant_server.api.errors import ApiError, unavailable
 from turboquant_server.api.messages_error import is_messages_path, to_messages_error
 from turboquant_server.api.request_id import HEADER, choose_request_id, current_request_id
 from turboquant_server.app import MAX_BODY_BYTES
 from turboquant_server.metrics import merge_metrics
+
+RESPONSES = "/v1/responses"
 
 logger = logging.getLogger(__name__)
 
@@ -78,12 +81,15 @@ class _Response:
         self._path = path
         self._send = send
         self._start: Message | None = None
+        self._num_events = 0
 
     async def send(self, message: Message) -> None:
         """Send a message of the replica's."""
         if message["type"] == "http.response.start":
             self._start = message
             del MutableHeaders(scope=message)[HEADER]  # Serve's proxy adds it
+        # A server sends each event as a message of its own; those of responses have names.
+        self._num_events += message.get("body", b"").startswith(b"event: ")
         await self._send(message)
 
     async def fail(self, error: ReplicaLostError) -> None:
@@ -94,13 +100,21 @@ class _Response:
             await api_error.response(self._path)({"type": "http"}, _nothing, self._send)
         elif not Headers(raw=self._start["headers"]).get("content-type", "").startswith("text/event-stream"):
             raise error
-        elif is_messages_path(self._path):
-            await self._end(f"event: error\ndata: {to_messages_error(api_error).model_dump_json()}\n\n")
         else:
-            await self._end(f"data: {api_error.body.model_dump_json()}\n\ndata: [DONE]\n\n")
+            event = _error_event(api_error, self._path, self._num_events)
+            await self._send({"type": "http.response.body", "body": event.encode()})
 
-    async def _end(self, text: str) -> None:
-        await self._send({"type": "http.response.body", "body": text.encode()})
+
+def _error_event(error: ApiError, path: str, num_events: int) -> str:
+    """Return what ends a stream of the API of this path after so many events."""
+    if is_messages_path(path):
+        return f"event: error\ndata: {to_messages_error(error).model_dump_json()}\n\n"
+    if path == RESPONSES:
+        detail = error.body.error.model_dump()
+        # OpenAI documents the detail's fields beside the type, and sends them as `error`.
+        event = {**detail, "type": "error", "error": detail, "sequence_number": num_events}
+        return f"event: error\ndata: {json.dumps(event)}\n\n"
+    return f"data: {error.body.model_dump_json()}\n\ndata: [DONE]\n\n"
 
 
 async def _read_body(receive: Receive) -> bytes:

@@ -74,10 +74,28 @@ def test_a_compiled_kernel_is_found_again_on_disk(tmp_path: Path, monkeypatch: p
     cuda_kernel._cached_cubin.cache_clear()
     first = cuda_kernel._cached_cubin("read", (), "sm_90a")
     [file] = (tmp_path / "turboquant" / "kernels").iterdir()
-    assert file.read_bytes() == first
+    assert file.read_bytes().endswith(first)
     monkeypatch.setattr(cuda_kernel, "compile_source", None)
     cuda_kernel._cached_cubin.cache_clear()
     assert cuda_kernel._cached_cubin("read", (), "sm_90a") == first
+    cuda_kernel._cached_cubin.cache_clear()
+
+
+@pytest.mark.parametrize("kept_share", [0, 0.5, 0.99])
+def test_a_kept_kernel_that_is_cut_off_or_changed_is_made_again(
+    kept_share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cuda_kernel._cached_cubin.cache_clear()
+    first = cuda_kernel._cached_cubin("read", (), "sm_90a")
+    [file] = (tmp_path / "turboquant" / "kernels").iterdir()
+    whole = file.read_bytes()
+    cut = int(kept_share * len(whole))
+    for broken in (whole[:cut], whole[:cut] + bytes(len(whole) - cut)):
+        file.write_bytes(broken)
+        cuda_kernel._cached_cubin.cache_clear()
+        assert cuda_kernel._cached_cubin("read", (), "sm_90a") == first
+        assert file.read_bytes() == whole
     cuda_kernel._cached_cubin.cache_clear()
 
 

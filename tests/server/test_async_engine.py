@@ -17,10 +17,16 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from turboquant_core import CacheManager, Timeline, Visibility
-from turboquant_server.engine.async_engine import AsyncEngine, EngineDeadError
+from turboquant_server.engine.async_engine import AsyncEngine
 from turboquant_server.engine.engine import Engine
 from turboquant_server.engine.pending_step import PendingStep, StepResult
-from turboquant_server.engine.request import FinishReason, Request, RequestFailedError, RequestOutput
+from turboquant_server.engine.request import (
+    EngineDeadError,
+    FinishReason,
+    Request,
+    RequestFailedError,
+    RequestOutput,
+)
 from turboquant_server.engine.sampling_params import SamplingParams
 from turboquant_server.engine.scheduler import ScheduledBatch, ScheduledRequest, Scheduler
 

@@ -21,6 +21,7 @@ import httpx
 import openai
 import pytest
 import uvicorn
+from dockerfile import parse_dockerfile
 from openai import DefaultHttpxClient, OpenAI
 
 from turboquant_server import cli, draining_server
@@ -205,6 +206,15 @@ def certificate(tmp_path: Path) -> tuple[Path, Path]:
     return files
 
 
+def check_container_health(url: str, certificate: Path) -> None:
+    """Check the health of a server with a certificate as its container would."""
+    instructions = parse_dockerfile((REPOSITORY / "docker/Dockerfile").read_text())
+    [check] = [instruction.value for instruction in instructions if instruction.name == "HEALTHCHECK"]
+    _, *arguments = json.loads(check.partition(" CMD ")[2])
+    variables = {"TURBOQUANT_PORT": url.rpartition(":")[2], "TURBOQUANT_SSL_CERTFILE": str(certificate)}
+    subprocess.run([sys.executable, *arguments], env={**os.environ, **variables}, check=True)
+
+
 def test_a_command_with_key_file_and_certificate_serves_until_two_signals(
     tiny_model_dir: Path, tmp_path: Path, certificate: tuple[Path, Path]
 ) -> None:
@@ -231,6 +241,7 @@ def test_a_command_with_key_file_and_certificate_serves_until_two_signals(
             output += line
         found = re.search(r"^Serving on (https://127\.0\.0\.1:\d+)$", output, re.MULTILINE)
         assert found and "-H 'Authorization: Bearer KEY'" in output
+        check_container_health(found[1], certificate[0])
         context = ssl.create_default_context(cafile=certificate[0])
         http = DefaultHttpxClient(verify=context)
         with OpenAI(

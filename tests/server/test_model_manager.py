@@ -19,8 +19,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from turboquant_server.config import ServerConfig
-from turboquant_server.engine.async_engine import EngineDeadError
-from turboquant_server.engine.request import RequestOutput
+from turboquant_server.engine.request import EngineDeadError, RequestOutput
 from turboquant_server.engine.sampling_params import SamplingParams
 from turboquant_server.model_manager import ModelLoadError, ModelManager, find_eos_token_ids
 

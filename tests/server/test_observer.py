@@ -10,9 +10,13 @@ from typing import Any
 import pytest
 from held_steps import HeldSteps, held_steps
 
-from turboquant_server.engine.async_engine import EngineDeadError
 from turboquant_server.engine.observer import Observer
-from turboquant_server.engine.request import RequestFailedError, RequestOutput, RequestTimeoutError
+from turboquant_server.engine.request import (
+    EngineDeadError,
+    RequestFailedError,
+    RequestOutput,
+    RequestTimeoutError,
+)
 from turboquant_server.engine.sampling_params import SamplingParams
 from turboquant_server.model_manager import ModelManager
 

@@ -119,6 +119,26 @@ def test_openais_client_sees_what_came_and_then_the_error(serve: Serve) -> None:
     assert (seen, raised.value.code) == (["Hi"], "replica_lost")
 
 
+def test_a_response_ends_with_an_error_event_that_goes_on_counting(serve: Serve) -> None:
+    started = {"type": "response.in_progress", "sequence_number": 0, "response": {"id": "a"}}
+    begun = body(f"event: {started['type']}\ndata: {json.dumps(started)}\n\n".encode(), more_body=True)
+    replicas = Replicas(
+        [begin(STREAM_TYPE)], [begun, body(b": keep-alive\n\n", more_body=True)], is_lost=True
+    )
+    with serve(replicas.relay) as url, OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        seen = []
+        with pytest.raises(openai.APIError, match="Please send it again") as raised:
+            for event in client.responses.create(model="m", input="a", stream=True):
+                seen.append(event.type)
+    assert (seen, raised.value.code) == (["response.in_progress"], "replica_lost")
+    *_, last, rest = replicas.request("/v1/responses").text.split("\n\n")
+    name, data = last.split("\n")
+    event = json.loads(data.removeprefix("data: "))
+    assert (name, rest) == ("event: error", "")
+    assert (event["type"], event["code"], event["sequence_number"]) == ("error", "replica_lost", 1)
+    assert event["error"]["type"] == "service_unavailable_error"
+
+
 def test_anthropics_client_sees_the_error(serve: Serve) -> None:
     ping = body(b"event: ping\ndata: {}\n\n", more_body=True)
     replicas = Replicas([begin(STREAM_TYPE), ping], is_lost=True)

@@ -23,6 +23,7 @@ Argument: TypeAlias = "Tensor | int | float | None"
 
 _FOLDER = Path(__file__).parent
 _OPTIONS = ("--std=c++17", "--use_fast_math", "--extra-device-vectorization")
+_DIGEST_BYTES = 32  # in front of a kept cubin
 
 
 class KernelError(RuntimeError):
@@ -154,12 +155,15 @@ def _cached_cubin(name: str, constants: tuple[tuple[str, int], ...], arch: str) 
     folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "turboquant" / "kernels"
     path = folder / f"{name}-{hashlib.sha256(key).hexdigest()[:32]}.cubin"
     with contextlib.suppress(OSError):
-        return path.read_bytes()
+        kept = path.read_bytes()
+        cubin = kept[_DIGEST_BYTES:]
+        if kept[:_DIGEST_BYTES] == hashlib.sha256(cubin).digest():  # else it was cut off or changed
+            return cubin
     cubin, _ = compile_source(name, dict(constants), arch)
     with contextlib.suppress(OSError):  # it only has to be compiled again next time
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-            file.write(cubin)
+            file.write(hashlib.sha256(cubin).digest() + cubin)
         os.replace(file.name, path)
     return cubin
 

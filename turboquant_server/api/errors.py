@@ -18,8 +18,12 @@ from starlette.requests import ClientDisconnect
 
 from turboquant_server.api.messages_error import is_messages_path, to_messages_error
 from turboquant_server.api.request_id import HEADER, current_request_id
-from turboquant_server.engine.async_engine import EngineDeadError
-from turboquant_server.engine.request import GrammarFailedError, RequestFailedError, RequestTimeoutError
+from turboquant_server.engine.request import (
+    EngineDeadError,
+    GrammarFailedError,
+    RequestFailedError,
+    RequestTimeoutError,
+)
 
 RETRY_LATER = {"Retry-After": "5"}  # seconds
 STATUS_CLIENT_CLOSED_REQUEST = 499  # nginx's number; nobody is left to read it

@@ -13,8 +13,7 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from sse_starlette.sse import AppStatus
 
 from turboquant_server.api.errors import ApiError, to_api_error
-from turboquant_server.engine.async_engine import EngineDeadError
-from turboquant_server.engine.request import RequestFailedError
+from turboquant_server.engine.request import EngineDeadError, RequestFailedError
 
 logger = logging.getLogger(__name__)
 

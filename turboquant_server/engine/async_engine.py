@@ -15,14 +15,16 @@ from weakref import WeakValueDictionary
 
 from turboquant_server.engine.engine import Engine, StepOutput
 from turboquant_server.engine.observer import Observer
-from turboquant_server.engine.request import Request, RequestOutput, RequestStatus, RequestTimeoutError
+from turboquant_server.engine.request import (
+    EngineDeadError,
+    Request,
+    RequestOutput,
+    RequestStatus,
+    RequestTimeoutError,
+)
 from turboquant_server.engine.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
-
-
-class EngineDeadError(RuntimeError):
-    """The engine has ended, by an error or by shutdown, and will answer no more requests."""
 
 
 @dataclass(frozen=True)

@@ -181,6 +181,10 @@ class RequestOutput:
     time: float = field(default=0.0, compare=False)
 
 
+class EngineDeadError(RuntimeError):
+    """The engine has ended, by an error or by shutdown, and will answer no more requests."""
+
+
 class RequestFailedError(RuntimeError):
     """One request could not be finished; the engine and all other requests go on.
 
