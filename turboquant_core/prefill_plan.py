@@ -190,7 +190,7 @@ class _Columns:
         self._first_visible: list[int] = []
         self._held_places: list[int] = []
         self._block_ids: list[int] = []
-        self._kept: list[tuple[int, int, int]] = []
+        self._kept: dict[tuple[int, int], int] = {}  # what of each place, as all are written at once
         self._new: list[tuple[int, int]] = []
         self._ring: list[tuple[int, int, int]] = []
 
@@ -240,9 +240,9 @@ class _Columns:
         # Of tokens that would overwrite each other in the ring only the last ones stay.
         kept = range(max(start, end - timeline.ring_size), end)
         positions = [*range(start, min(kept.start, timeline.num_sinks)), *kept]
-        self._kept += [(offset + position, slot, timeline.exact_index(position)) for position in positions]
         if start == 0:  # what another request has left is multiplied by zero, and may be NaN
-            self._kept += [(-1, slot, place) for place in range(end, timeline.num_exact)]
+            self._kept |= {(slot, place): -1 for place in range(end, timeline.num_exact)}
+        self._kept |= {(slot, timeline.exact_index(position)): offset + position for position in positions}
 
     def _make(self, offset: int, whole: Chunk) -> None:
         """Add which blocks are made."""
@@ -265,7 +265,8 @@ class _Columns:
             table += [draft.blocks.start, draft.blocks.stop - draft.blocks.start, draft.blocks_start]
             tiles += [(draft.start + first, index, first) for first in range(0, num_tokens, TILE_SIZE)]
         tiles.sort(reverse=True)
-        kept, new, ring = ([*zip(*rows, strict=True)] for rows in (self._kept, self._new, self._ring))
+        kept_rows = [(row, slot, place) for (slot, place), row in self._kept.items()]
+        kept, new, ring = ([*zip(*rows, strict=True)] for rows in (kept_rows, self._new, self._ring))
         columns: dict[str, Sequence[int]] = {
             "table": table,
             "tiles": [number for tile in tiles for number in tile[1:]],

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged_requests import plan_of
 
+from turboquant_core.prefill_plan import plan_prefill
 from turboquant_core.request_cache import CacheManager, RequestCache, Visibility
 from turboquant_core.step_plan import (
     Chunk,
@@ -177,3 +178,24 @@ def test_rows_have_the_slots_of_their_requests(order: list[int], count: int) -> 
     assert torch.arange(8)[plan.slot_rows].tolist() == slots
     assert plan.block_mask is None
     assert plan.block_ids.numel() == 0
+
+
+@given(timeline=timelines, num_more=st.integers(1, 700))
+@settings(deadline=None, max_examples=100, derandomize=True)
+def test_a_slot_keeps_each_of_its_places_once_after_a_hit(timeline: Timeline, num_more: int) -> None:
+    """The sinks are computed again then, in the same step as what comes after the hit."""
+    start = timeline.num_sinks + timeline.segment_size
+    num_tokens = start + max(timeline.residual_length, 1) + num_more
+    chunks = [open_at(make_manager(timeline, Visibility()), start, num_tokens, num_tokens)]
+    if timeline.num_sinks:
+        chunks.insert(0, Chunk(chunks[0].cache, 0, timeline.num_sinks, num_tokens))
+    plan = plan_prefill(chunks, 0, Visibility(), timeline, torch.device("cpu"))
+    places = plan.kept_places.tolist()
+    assert len(places) == len(set(places))
+    rows = dict(zip(places, plan.kept_rows.tolist(), strict=True))
+    first = max(start, num_tokens - timeline.ring_size)
+    positions = [*range(timeline.num_sinks), *range(first, num_tokens)]
+    offset = start - timeline.num_sinks
+    for position in positions:
+        row = position if position < timeline.num_sinks else position - offset
+        assert rows[timeline.exact_index(position)] == row
