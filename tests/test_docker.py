@@ -24,6 +24,7 @@ from turboquant_server.cache_usage import CacheUsage
 from turboquant_server.config import ServerConfig
 from turboquant_server.draining_server import CUT_OFF_SECONDS
 from turboquant_server.metrics import EngineState, Metrics
+from turboquant_server.swap_space import SwapUsage
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "docker"
@@ -205,7 +206,10 @@ def queries() -> Iterator[promql_parser.Expr]:
 def served_labels() -> dict[str, dict[str, set[str]]]:
     """Return the labels of each metric in /metrics, and their values."""
     usage = CacheUsage(held_bytes=1, bf16_bytes=4, num_tokens=2, num_exact_tokens=1, share=0.5)
-    state = EngineState(1, 1, 1, usage, num_capacity_tokens=8, num_bf16_capacity_tokens=2, cache_config={})
+    swap = SwapUsage(num_hit_tokens=1, num_blocks_out=1, num_blocks_in=1, share=0.5)
+    state = EngineState(
+        1, 1, 1, usage, swap, num_capacity_tokens=8, num_bf16_capacity_tokens=2, cache_config={}
+    )
     text = Metrics("a").render(state, with_aliases=False).decode()
     found: dict[str, dict[str, set[str]]] = {}
     for family in text_string_to_metric_families(text):

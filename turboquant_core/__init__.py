@@ -18,6 +18,8 @@ from turboquant_core.config import BLOCK_SIZE, KVCacheConfig
 from turboquant_core.decode_buffers import DecodeBuffers
 from turboquant_core.dense_cache import DenseCache
 from turboquant_core.exact_codec import ExactCodec
+from turboquant_core.host_store import HostStore
+from turboquant_core.host_tier import Moves
 from turboquant_core.layer_probe import (
     LayerShape,
     layer_visibilities,
@@ -52,10 +54,12 @@ __all__ = [
     "DecodeTables",
     "DenseCache",
     "ExactCodec",
+    "HostStore",
     "KVCacheConfig",
     "LayerShape",
     "LayerTransforms",
     "MemoryFootprint",
+    "Moves",
     "PagedStore",
     "PassThroughCache",
     "PrefillAttention",

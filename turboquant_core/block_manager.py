@@ -7,7 +7,7 @@ block ids only: neither what lies in a block nor which tokens it holds.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 
 class OutOfBlocksError(RuntimeError):
@@ -19,10 +19,12 @@ class BlockManager:
 
     Args:
         num_blocks: Number of blocks; their ids are ``0 .. num_blocks - 1``.
+        on_evict: Called with a block and the hash by which it can be found no longer.
     """
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, on_evict: Callable[[int, bytes], None] | None = None) -> None:
         self.num_blocks = num_blocks
+        self._on_evict = on_evict
         self._num_owners = [0] * num_blocks
         self._free = list(range(num_blocks - 1, -1, -1))
         self._unowned: OrderedDict[int, None] = OrderedDict()  # with a hash, the first to be evicted first
@@ -122,5 +124,8 @@ class BlockManager:
 
     def _evict(self) -> int:
         block_id, _ = self._unowned.popitem(last=False)
-        del self._block_ids[self._hashes.pop(block_id)]
+        block_hash = self._hashes.pop(block_id)
+        del self._block_ids[block_hash]
+        if self._on_evict is not None:
+            self._on_evict(block_id, block_hash)
         return block_id

@@ -100,6 +100,14 @@ class PagedStore:
         exact = sum(tensor.nbytes for pair in self.exact.values() for tensor in pair)
         return exact + sum(records.nbytes for records in self.records.values())
 
+    def stacked_records(self) -> list[tuple[int, Tensor]]:
+        """Return all blocks, in each tensor those of layers of one group, and the index of the group.
+
+        Returns:
+            uint8 ``[num_layers, num_blocks, num_kv_heads, record_bytes]``.
+        """
+        return [(self.layers[stack.indices[0]].group, stack.records) for stack in self._stacks]
+
     def _kind(self, index: int) -> tuple[Any, ...]:
         layer = self.layers[index]
         bits: tuple[int, ...] = ()

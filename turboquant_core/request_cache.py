@@ -9,59 +9,15 @@ from __future__ import annotations
 import bisect
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from turboquant_core.block_hashes import chain_hashes
 from turboquant_core.block_manager import BlockManager
 from turboquant_core.config import BLOCK_SIZE
+from turboquant_core.host_tier import HostTier, Moves
+from turboquant_core.layer_group import LayerGroup, Visibility
 from turboquant_core.timeline import Timeline
 
-
-@dataclass(frozen=True)
-class Visibility:
-    """Say what a group's queries see of the tokens before them: all, where both attributes are None.
-
-    Attributes:
-        window: A query at p sees the tokens after ``p - window``.
-        chunk: A query at p sees the tokens from the last multiple of this on.
-    """
-
-    window: int | None = None
-    chunk: int | None = None
-
-    @property
-    def reach(self) -> int | None:
-        """Most tokens that a query sees, itself included; None if there is no bound."""
-        return min((length for length in (self.window, self.chunk) if length is not None), default=None)
-
-    def first_visible(self, position: int) -> int:
-        """Return the first position that a query at `position` sees; a later query sees none before it."""
-        first = 0
-        if self.window is not None:
-            first = max(first, position - self.window + 1)
-        if self.chunk is not None:
-            first = max(first, position // self.chunk * self.chunk)
-        return first
-
-
-@dataclass(frozen=True)
-class _LayerGroup:
-    timeline: Timeline
-    visibility: Visibility
-    blocks: BlockManager
-
-    def first_block(self, position: int) -> int:
-        """Return the first block that queries at `position` or later see a token of."""
-        first_visible = self.visibility.first_visible(position)
-        return max(0, first_visible - self.timeline.num_sinks) // BLOCK_SIZE
-
-    def most_held(self, num_blocks: int) -> int:
-        """Return how many of so many successive blocks a request holds at a time, at most."""
-        reach = self.visibility.reach
-        if reach is None:
-            return num_blocks
-        # What the first query of a chunk sees, and what becomes of the chunk.
-        return min(num_blocks, (reach - 1 + BLOCK_SIZE - 1 + self.timeline.segment_size) // BLOCK_SIZE)
+__all__ = ["CacheManager", "RequestCache", "Visibility"]
 
 
 class CacheManager:
@@ -73,8 +29,11 @@ class CacheManager:
         num_blocks: Number of blocks of each layer group.
         num_slots: Number of caches that may be open at a time.
         caches_prefixes: Whether a prompt may find blocks of earlier prompts.
+        num_host_blocks: Number of blocks of each layer group that host memory has room for.
 
     Attributes:
+        tiers: What of each layer group lies there.
+        num_host_hit_tokens: Tokens that caches were opened with and that had to be copied from there.
         max_tokens: Tokens up to which any request, whatever part of it is the prompt, fits while it runs
             alone.
     """
@@ -86,12 +45,15 @@ class CacheManager:
         num_blocks: Sequence[int],
         num_slots: int,
         caches_prefixes: bool,
+        num_host_blocks: int = 0,
     ) -> None:
         self.timeline = timeline
         self.caches_prefixes = caches_prefixes
+        self.tiers = [HostTier(num_host_blocks) for _ in visibilities]
+        self.num_host_hit_tokens = 0
         self._groups = [
-            _LayerGroup(timeline, visibility, BlockManager(count))
-            for visibility, count in zip(visibilities, num_blocks, strict=True)
+            LayerGroup(timeline, visibility, BlockManager(count, tier.keep), tier)
+            for visibility, count, tier in zip(visibilities, num_blocks, self.tiers, strict=True)
         ]
         self._sees_everything = all(visibility.reach is None for visibility in visibilities)
         self._num_slots = num_slots
@@ -144,18 +106,15 @@ class CacheManager:
         num_hit_blocks = self._num_hit_blocks(hashes[: timeline.num_reusable_blocks(num_prompt_tokens)])
         num_hit_tokens = timeline.num_sinks + BLOCK_SIZE * num_hit_blocks if num_hit_blocks else 0
         num_blocks = timeline.num_blocks(len(token_ids), num_prompt_tokens)
-        hits = []
-        for group in self._groups:
-            first = group.first_block(num_hit_tokens)
-            found = [group.blocks.find(block_hash) for block_hash in hashes[first:num_hit_blocks]]
-            hit = [block_id for block_id in found if block_id is not None]
-            num_needed = group.most_held(num_blocks - first) - sum(map(group.blocks.is_owned, hit))
-            if num_needed > group.blocks.num_free:
+        firsts = [group.first_block(num_hit_tokens) for group in self._groups]
+        for group, first in zip(self._groups, firsts, strict=True):
+            num_owned = group.count_owned(hashes[first:num_hit_blocks])
+            if group.most_held(num_blocks - first) - num_owned > group.blocks.num_free:
                 return None
-            hits.append(hit)
+        self.num_host_hit_tokens += self._count_on_host(hashes[:num_hit_blocks], firsts)
         block_tables: list[list[int | None]] = []
-        for group, hit in zip(self._groups, hits, strict=True):
-            group.blocks.share(hit)
+        for group, first in zip(self._groups, firsts, strict=True):
+            hit = group.share(hashes[first:num_hit_blocks])
             table: list[int | None] = [None] * (num_hit_blocks - len(hit))
             table += hit
             if group.visibility.reach is None:
@@ -163,11 +122,16 @@ class CacheManager:
             block_tables.append(table)
         return RequestCache(self, block_tables, num_prompt_tokens, num_hit_tokens, hashes, num_hit_blocks)
 
+    def take_moves(self) -> list[Moves]:
+        """Return the copies, of each layer group, to make before the step that was made room for last."""
+        return [tier.take_moves() for tier in self.tiers]
+
     def check_integrity(self) -> None:
         """Raise an AssertionError that says what does not add up in slots, owners and blocks."""
         slots = sorted([*self._free_slots, *self._running])
         assert slots == list(range(self._num_slots)), f"the free and the taken slots are {slots}"
         for i, group in enumerate(self._groups):
+            group.tier.check_integrity()
             group.blocks.check_integrity(
                 [block_id for block_id in cache.block_tables[i] if block_id is not None]
                 for cache in self._running.values()
@@ -180,12 +144,22 @@ class CacheManager:
         for group in self._groups:
             num_successive = 0
             for count, block_hash in enumerate(hashes, start=1):
-                num_successive = 0 if group.blocks.find(block_hash) is None else num_successive + 1
+                num_successive = num_successive + 1 if group.has(block_hash) else 0
                 if count in candidates:
                     first = group.first_block(self.timeline.num_sinks + BLOCK_SIZE * count)
                     if num_successive < count - first:
                         candidates.remove(count)
         return max(candidates, default=0)
+
+    def _count_on_host(self, hashes: Sequence[bytes], firsts: Sequence[int]) -> int:
+        """Return the tokens of blocks that some group needs, from its first on, and has on the host only."""
+        missing = {
+            block_hash
+            for group, first in zip(self._groups, firsts, strict=True)
+            for block_hash in hashes[first:]
+            if group.blocks.find(block_hash) is None
+        }
+        return BLOCK_SIZE * len(missing)
 
 
 class RequestCache:

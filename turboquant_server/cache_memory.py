@@ -104,13 +104,17 @@ def build_store(
     return store, StatePool(size.num_slots) if attention.state_bytes else None
 
 
-def open_manager(attention: ModelAttention, size: CacheSize, *, caches_prefixes: bool) -> CacheManager:
+def open_manager(
+    attention: ModelAttention, size: CacheSize, *, caches_prefixes: bool, num_host_blocks: int = 0
+) -> CacheManager:
     """Return the manager of a cache; prefixes are shared if a prompt can go on from what another left.
 
     States of recurrent layers are of one prompt, and a model of one step has no prompt that goes on.
     """
     caches_prefixes = caches_prefixes and not attention.state_bytes and not attention.one_shot
-    return CacheManager(TIMELINE, attention.groups, size.num_blocks, size.num_slots, caches_prefixes)
+    return CacheManager(
+        TIMELINE, attention.groups, size.num_blocks, size.num_slots, caches_prefixes, num_host_blocks
+    )
 
 
 @torch.inference_mode()

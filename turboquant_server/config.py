@@ -138,6 +138,12 @@ class CacheConfig(BaseModel):
         description="share of the answers, such as 0.01, that are compared with what the model predicts "
         "without compression, while there is nothing else to do (default: none); see fidelity_* in /metrics",
     )
+    swap_space: int | None = Field(
+        None,
+        ge=0,
+        description="bytes of host memory, such as 16GiB, for what was read of prompts and has no room left "
+        "on the GPU; copied back, it need not be read again (default: none)",
+    )
 
     @field_validator("bits")
     @classmethod
@@ -162,7 +168,7 @@ class CacheConfig(BaseModel):
             )
         return tuple(int(part) for part in parts)
 
-    @field_validator("vram_limit", "kv_cache_memory", mode="before")
+    @field_validator("vram_limit", "kv_cache_memory", "swap_space", mode="before")
     @classmethod
     def _parse_size(cls, size: Any) -> Any:
         if not isinstance(size, str):
@@ -270,6 +276,11 @@ class ServerConfig(ModelConfig, CacheConfig, StepConfig, DoorConfig, BaseSetting
                 raise PydanticCustomError(
                     "two_choices", "choose one of {flags}", {"flags": " and ".join(flags)}
                 )
+        if self.swap_space and not self.enable_prefix_caching:
+            raise PydanticCustomError(
+                "needs_prefixes",
+                "--swap-space holds prompts that begin alike and needs --enable-prefix-caching",
+            )
         return self
 
     def _chosen(self, names: Sequence[str]) -> list[str]:

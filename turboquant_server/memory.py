@@ -27,7 +27,7 @@ def memory_budget(
         vram_limit: Most bytes on a GPU; a CPU knows no such limit.
     """
     if device.type != "cuda":
-        return int(_available_bytes() * (CPU_SHARE if utilization is None else utilization))
+        return int(available_bytes() * (CPU_SHARE if utilization is None else utilization))
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
     # What the process holds is not free; other processes may hold a part as well.
     reachable = free_bytes + torch.cuda.memory_reserved(device)
@@ -40,7 +40,7 @@ def memory_in_use(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
-def _available_bytes() -> int:
+def available_bytes() -> int:
     """Return what Linux says is available to new programs without swapping, within a container's limit."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.parser import text_string_to_metric_families
-from prometheus_client.registry import Collector
 
 from turboquant_server.engine.observer import Observer
 from turboquant_server.engine.request import RequestOutput, RequestTimeoutError
 from turboquant_server.fidelity_metrics import FIDELITY_NAMES, describe_fidelity
+from turboquant_server.metric_families import Families, renamed
 
 if TYPE_CHECKING:
     from turboquant_server.cache_usage import CacheUsage
     from turboquant_server.engine.engine import StepOutput
     from turboquant_server.engine.fidelity import FidelityState
     from turboquant_server.engine.sampling_params import SamplingParams
+    from turboquant_server.swap_space import SwapUsage
 
 PREFIX = "turboquant:"
 ALIAS_PREFIX = "vllm:"
@@ -28,6 +28,7 @@ LABELS = ("model_name", "engine")
 OWN_NAMES = (
     *("kv_bytes_compressed", "kv_bytes_bf16_equivalent", "kv_bits_per_value", "kv_residual_tokens"),
     *("kv_held_tokens", "kv_capacity_tokens", "kv_bf16_capacity_tokens"),
+    *("swap_usage_perc", "swap_hit_tokens", "swap_blocks_out", "swap_blocks_in"),
 )
 END_REASONS = ("stop", "length", "abort", "timeout", "error")
 # vLLM's buckets, so that its dashboards show ours.
@@ -54,6 +55,7 @@ class EngineState:
     num_waiting: int
     num_preemptions: int
     usage: CacheUsage
+    swap: SwapUsage
     num_capacity_tokens: int
     num_bf16_capacity_tokens: int
     cache_config: dict[str, str]
@@ -188,13 +190,12 @@ class Metrics(Observer):
             state: Of the engine, once there is one.
             with_aliases: Repeat each metric that vLLM has under its name there.
         """
-
         families = [*self._registry.collect(), *(self._describe(state) if state else ())]
-        renamed = [_renamed(family, PREFIX) for family in families]
+        shown = [renamed(family, PREFIX, PREFIX) for family in families]
         if with_aliases:
             own = {PREFIX + name for name in (*OWN_NAMES, *FIDELITY_NAMES)}
-            renamed += [_renamed(family, ALIAS_PREFIX) for family in families if family.name not in own]
-        return generate_latest(_Families(renamed))
+            shown += [renamed(family, PREFIX, ALIAS_PREFIX) for family in families if family.name not in own]
+        return generate_latest(Families(shown))
 
     def _describe(self, state: EngineState) -> Iterator[Metric]:
         usage = state.usage
@@ -213,17 +214,23 @@ class Metrics(Observer):
                 "Those that would fit into its memory in bfloat16.",
                 state.num_bf16_capacity_tokens,
             ),
+            ("swap_usage_perc", "Blocks of the swap space that are taken; 1 is all.", state.swap.share),
         ]
         for name, text, value in gauges:
             gauge = GaugeMetricFamily(PREFIX + name, text, labels=LABELS)
             if value is not None:
                 gauge.add_metric(self._labels, value)
             yield gauge
-        preemptions = CounterMetricFamily(
-            f"{PREFIX}num_preemptions", "Requests that gave their cache back.", labels=LABELS
-        )
-        preemptions.add_metric(self._labels, state.num_preemptions)
-        yield preemptions
+        counts = [
+            ("num_preemptions", "Requests that gave their cache back.", state.num_preemptions),
+            ("swap_hit_tokens", "Tokens found in the swap space only.", state.swap.num_hit_tokens),
+            ("swap_blocks_out", "Blocks copied to the swap space.", state.swap.num_blocks_out),
+            ("swap_blocks_in", "Blocks copied back.", state.swap.num_blocks_in),
+        ]
+        for name, text, count in counts:
+            counter = CounterMetricFamily(PREFIX + name, text, labels=LABELS)
+            counter.add_metric(self._labels, count)
+            yield counter
         name = f"{PREFIX}cache_config_info"
         info = GaugeMetricFamily(name, "The cache.", labels=(*LABELS, *state.cache_config))
         info.add_metric((*self._labels, *state.cache_config.values()), 1)
@@ -258,40 +265,3 @@ class Metrics(Observer):
     def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
         histogram = Histogram(PREFIX + name, text, LABELS, registry=self._registry, buckets=buckets)
         return histogram.labels(*self._labels)
-
-
-def merge_metrics(texts: Mapping[str, str]) -> bytes:
-    """Return what several engines tell as one text, in which the label ``engine`` has their names.
-
-    Args:
-        texts: By the engine's name, what ``Metrics.render`` returned there.
-    """
-    merged: dict[str, Metric] = {}
-    for engine, text in texts.items():
-        for family in text_string_to_metric_families(text):
-            same = merged.setdefault(family.name, Metric(family.name, family.documentation, family.type))
-            same.samples += [
-                sample._replace(labels={**sample.labels, "engine": engine}) for sample in family.samples
-            ]
-    return generate_latest(_Families(list(merged.values())))
-
-
-class _Families(Collector):
-    """Metrics as they are."""
-
-    def __init__(self, families: Sequence[Metric]) -> None:
-        self._families = families
-
-    def collect(self) -> Sequence[Metric]:
-        return self._families
-
-
-def _renamed(metric: Metric, prefix: str) -> Metric:
-    """Return a metric with another prefix, without the times at which its series were made."""
-    renamed = Metric(prefix + metric.name.removeprefix(PREFIX), metric.documentation, metric.type)
-    renamed.samples = [
-        sample._replace(name=prefix + sample.name.removeprefix(PREFIX))
-        for sample in metric.samples
-        if not sample.name.endswith("_created")
-    ]
-    return renamed

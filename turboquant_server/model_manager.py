@@ -29,6 +29,7 @@ from turboquant_server.metrics import EngineState, Metrics
 from turboquant_server.model_loader import LoadedModel, load_model
 from turboquant_server.parsing.chat_format import ChatFormat
 from turboquant_server.startup_report import format_report
+from turboquant_server.swap_space import build_host_store, count_host_blocks, describe_swap, measure_swap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -96,8 +97,14 @@ class ModelManager:
             self._cache_size = size_cache(
                 self._config, model, tokenizer, attention, layers, max_model_len, compiled, exact_bytes
             )
+            num_host_blocks = count_host_blocks(
+                self._config.swap_space, attention, self._cache_size, model.device
+            )
             self._cache_manager = open_manager(
-                attention, self._cache_size, caches_prefixes=self._config.enable_prefix_caching
+                attention,
+                self._cache_size,
+                caches_prefixes=self._config.enable_prefix_caching,
+                num_host_blocks=num_host_blocks,
             )
             self.max_model_len = self._fit(source, max_model_len)
             store, states = build_store(attention, layers, self._cache_size, model.dtype, model.device)
@@ -105,6 +112,7 @@ class ModelManager:
             if exact_size is not None:
                 rate = self._config.fidelity_sample_rate
                 self._fidelity = build_fidelity(rate, model, attention, exact_size)
+            host_store = build_host_store(store, num_host_blocks)
         except UnsupportedModelError as error:
             raise ModelLoadError(
                 f"{source} cannot be served with a {self._config.kv_cache_dtype} KV cache: {error}; "
@@ -121,12 +129,18 @@ class ModelManager:
         embeddings: Any = model.get_input_embeddings()
         eos_token_ids = find_eos_token_ids(model, tokenizer)
         self.grammars = GrammarCompiler(tokenizer, embeddings.num_embeddings, eos_token_ids)
-        runner = ModelRunner(model, store, states, is_paged=attention.is_paged, compiled=compiled)
+        runner = ModelRunner(
+            model, store, states, is_paged=attention.is_paged, compiled=compiled, host_store=host_store
+        )
         if runner.can_capture and not self._config.enforce_eager:
             runner.capture_graphs(self._cache_size.num_slots, self.max_model_len)
         engine = Engine(
             Scheduler(
-                self.open_cache, TIMELINE, self._config.max_num_batched_tokens, one_shot=attention.one_shot
+                self.open_cache,
+                TIMELINE,
+                self._config.max_num_batched_tokens,
+                one_shot=attention.one_shot,
+                take_moves=self._cache_manager.take_moves,
             ),
             runner,
             # Fast tokenizers must not be shared between threads.
@@ -200,6 +214,7 @@ class ModelManager:
             num_waiting=engine.num_waiting,
             num_preemptions=engine.num_preemptions,
             usage=measure_usage(size, manager, engine.running),
+            swap=measure_swap(manager),
             num_capacity_tokens=size.num_tokens,
             num_bf16_capacity_tokens=size.num_bf16_tokens,
             fidelity=self._fidelity.state if self._fidelity else None,
@@ -241,6 +256,7 @@ class ModelManager:
             chat_format=str(self.chat_format),
             cache_plan=self._cache_plan,
             cache_size=self._cache_size,
+            swap_space=describe_swap(self._cache_manager, self._cache_size),
             max_model_len=self.max_model_len,
             fidelity=str(self._fidelity.state.range) if self._fidelity else "",
         )

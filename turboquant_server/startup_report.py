@@ -25,6 +25,7 @@ def format_report(
     cache_size: CacheSize,
     max_model_len: int,
     fidelity: str = "",
+    swap_space: str = "",
 ) -> str:
     """Return aligned lines about a loaded model and its cache.
 
@@ -39,6 +40,7 @@ def format_report(
         cache_size: What it holds.
         max_model_len: Most tokens of a request.
         fidelity: How it compares with predictions without compression, if that was measured.
+        swap_space: What that holds, if there is one.
     """
     weights = "random weights, " if load_format == "dummy" else ""
     weights += "" if quantize == "none" else f"weights in {quantize}, "
@@ -51,6 +53,7 @@ def format_report(
         "context": f"{max_model_len:,} tokens",
         **_format_cache(cache_plan, cache_size, model.dtype),
         **({"fidelity": fidelity} if fidelity else {}),
+        **({"swap space": swap_space} if swap_space else {}),
         "requests": _format_requests(cache_size, max_model_len),
         "answers": chat_format,
     }

@@ -1,7 +1,7 @@
 """Whatever requests do in whatever order, each reads in its blocks what it or an equal prompt wrote there.
 
-The model keeps what was written to every block of every group, and searches it from end to end. More than
-300 lines because it knows all that the real one knows, by other means.
+The model keeps what was written to every block of every group, on the device and on the host, and searches
+it from end to end. More than 300 lines because it knows all that the real one knows, by other means.
 """
 
 from __future__ import annotations
@@ -24,17 +24,53 @@ class Setup:
     timeline: Timeline
     groups: tuple[tuple[Visibility, int], ...]
     num_slots: int = 4
+    num_host_blocks: int = 0
 
 
 SETUPS = (
     Setup(
         Timeline(4, 64, 128), ((Visibility(), 24), (Visibility(window=100), 9), (Visibility(chunk=192), 12))
     ),
-    Setup(Timeline(4, 64, 128), ((Visibility(), 14),)),
-    Setup(Timeline(0, 0, 64), ((Visibility(window=130), 6), (Visibility(chunk=150), 8))),
+    Setup(
+        Timeline(4, 64, 128),
+        ((Visibility(), 24), (Visibility(window=100), 9), (Visibility(chunk=192), 12)),
+        num_host_blocks=12,
+    ),
+    Setup(Timeline(4, 64, 128), ((Visibility(), 14),), num_host_blocks=100),
+    Setup(Timeline(4, 64, 128), ((Visibility(), 11),), num_host_blocks=6),
+    Setup(Timeline(0, 0, 64), ((Visibility(window=130), 6), (Visibility(chunk=150), 8)), num_host_blocks=3),
     Setup(Timeline(4, 128, 192), ((Visibility(), 40), (Visibility(window=64), 40)), num_slots=3),
-    Setup(Timeline(6, 64, 128), ((Visibility(window=70), 5), (Visibility(), 18)), num_slots=6),
+    Setup(Timeline(6, 64, 128), ((Visibility(window=70), 5), (Visibility(), 18)), 6, num_host_blocks=30),
 )
+
+
+@dataclass
+class Host:
+    """Which contents lie in the host's memory of a group, the least recently used first."""
+
+    num_blocks: int
+    contents: list[Content] = field(default_factory=list)
+    moving: list[Content] = field(default_factory=list)
+
+    def use(self, content: Content) -> None:
+        self.contents.remove(content)
+        self.contents.append(content)
+
+    def keep(self, content: Content) -> None:
+        if content in self.contents:
+            self.use(content)
+            return
+        if len(self.contents) == self.num_blocks:
+            if not self.contents or self.contents[0] in self.moving:
+                return
+            del self.contents[0]
+        self.contents.append(content)
+        self.moving.append(content)
+
+    def hold(self, contents: list[Content]) -> None:
+        self.moving += contents
+        for content in reversed(contents):
+            self.use(content)
 
 
 @dataclass
@@ -62,12 +98,20 @@ class RequestCacheMachine(RuleBasedStateMachine):
         self.visibilities = [visibility for visibility, _ in setup.groups]
         self.num_slots = setup.num_slots
         self.manager = CacheManager(
-            self.timeline, self.visibilities, self.num_blocks, setup.num_slots, caches_prefixes=True
+            self.timeline,
+            self.visibilities,
+            self.num_blocks,
+            setup.num_slots,
+            caches_prefixes=True,
+            num_host_blocks=setup.num_host_blocks,
         )
         self.groups = range(len(setup.groups))
         self.running, self.waiting = [], []
         self.written: list[dict[int, Content]] = [{} for _ in self.groups]
         self.findable: list[dict[Content, int]] = [{} for _ in self.groups]
+        self.hosts = [Host(setup.num_host_blocks) for _ in self.groups]
+        self.host_memory: list[dict[int, Content]] = [{} for _ in self.groups]
+        self.allocated: list[set[int]] = [set() for _ in self.groups]
 
     # What the model knows.
 
@@ -103,7 +147,9 @@ class RequestCacheMachine(RuleBasedStateMachine):
         for n in range(num_blocks, 0, -self.timeline.segment_size // 64):
             contents = [self.content(tokens, num_prompt_tokens, salt, i) for i in range(n)]
             if all(
-                contents[i] in self.findable[group] or not self.is_seen(group, i, self.block_end(n - 1))
+                contents[i] in self.findable[group]
+                or contents[i] in self.hosts[group].contents
+                or not self.is_seen(group, i, self.block_end(n - 1))
                 for group in self.groups
                 for i in range(n)
             ):
@@ -119,12 +165,32 @@ class RequestCacheMachine(RuleBasedStateMachine):
         return min(num_blocks, -(-(reach - 1) // 64) + self.timeline.segment_size // 64)
 
     def forget(self, group: int, block_ids: list[int]) -> None:
-        """Note that blocks were allocated: nobody else may own them, and what they held is gone."""
+        """Note that blocks were allocated: nobody else may own them, and what they held is on the host."""
         assert len(set(block_ids)) == len(block_ids)
-        for block_id in block_ids:
-            self.written[group].pop(block_id, None)
         known = self.findable[group]
-        self.findable[group] = {content: b for content, b in known.items() if b not in block_ids}
+        contents = {block_id: content for content, block_id in known.items()}
+        for block_id in block_ids:
+            if block_id in contents:
+                self.hosts[group].keep(contents[block_id])
+                del known[contents[block_id]]
+        self.allocated[group].update(block_ids)
+
+    def move(self) -> None:
+        """Copy what a step has to copy; what allocated blocks held is gone then."""
+        for group, moves in zip(self.groups, self.manager.take_moves(), strict=True):
+            written, memory = self.written[group], self.host_memory[group]
+            assert len({host_id for _, host_id in moves.to_host}) == len(moves.to_host)
+            for block_id, host_id in moves.to_host:
+                memory[host_id] = written[block_id]
+            for block_id in self.allocated[group]:
+                written.pop(block_id, None)
+            assert len({block_id for block_id, _ in moves.to_device}) == len(moves.to_device)
+            for block_id, host_id in moves.to_device:
+                written[block_id] = memory[host_id]
+            self.allocated[group].clear()
+            self.hosts[group].moving.clear()
+            host_ids = self.manager.tiers[group]._host_ids.values()
+            assert [memory[host_id] for host_id in host_ids] == self.hosts[group].contents
 
     # What requests do.
 
@@ -155,15 +221,18 @@ class RequestCacheMachine(RuleBasedStateMachine):
         n = self.expected_hit(tokens, num_prompt_tokens, salt)
         num_blocks = self.timeline.num_blocks(len(tokens), num_prompt_tokens)
         hits: list[list[int | None]] = []
+        missing: list[list[int]] = []
         fits = True
         for group in self.groups:
             contents = [self.content(tokens, num_prompt_tokens, salt, i) for i in range(n)]
             is_seen = [self.is_seen(group, i, self.block_end(n - 1)) for i in range(n)]
-            hit = [self.findable[group][c] if s else None for c, s in zip(contents, is_seen, strict=True)]
+            found = [self.findable[group].get(c) for c in contents]
+            hit = [block_id if s else None for block_id, s in zip(found, is_seen, strict=True)]
             taken = self.owned(group) | {block_id for block_id in hit if block_id is not None}
-            num_new = self.most_held(group, num_blocks - is_seen.count(False)) - is_seen.count(True)
+            num_new = self.most_held(group, num_blocks - is_seen.count(False)) - n + hit.count(None)
             fits = fits and num_new <= self.num_blocks[group] - len(taken)
             hits.append(hit)
+            missing.append([i for i in range(n) if is_seen[i] and hit[i] is None])
         owned = [self.owned(group) for group in self.groups]
         cache = self.manager.open(list(tokens), num_prompt_tokens, salt)
         assert (cache is not None) == fits
@@ -174,11 +243,19 @@ class RequestCacheMachine(RuleBasedStateMachine):
         num_hit_tokens = self.block_end(n - 1) if n else 0
         assert cache.num_hit_tokens == num_hit_tokens
         for group in self.groups:
-            table = cache.block_tables[group]
-            assert table[:n] == hits[group]
+            table, hit = cache.block_tables[group], hits[group]
+            assert all(table[i] == hit[i] for i in range(n) if i not in missing[group])
             assert len(table) == (num_blocks if self.visibilities[group] == Visibility() else n)
-            assert not owned[group] & set(table[n:]) and not set(hits[group]) & set(table[n:])
-            self.forget(group, [block_id for block_id in table[n:] if block_id is not None])
+            new = [table[i] for i in (*missing[group], *range(n, len(table)))]
+            assert None not in new and not {*owned[group], *hit} & set(new)
+            fetched = {
+                self.content(tokens, num_prompt_tokens, salt, i): block_id
+                for i in missing[group]
+                if (block_id := table[i]) is not None
+            }
+            self.hosts[group].hold(list(fetched))
+            self.forget(group, [block_id for block_id in new if block_id is not None])
+            self.findable[group] |= fetched
         self.running.append(Running(cache, tokens, num_prompt_tokens, salt, num_hit_tokens, n))
         return True
 
@@ -214,6 +291,7 @@ class RequestCacheMachine(RuleBasedStateMachine):
             alone = self.manager.can_ever_hold(end, request.num_prompt_tokens)
             assert len(self.running) > 1 or len(chunks) > 1 or not alone
             return False
+        self.move()
         for chunk in chunks:
             self._compute_chunk(request, *chunk)
         request.num_computed = end
@@ -308,6 +386,7 @@ class RequestCacheMachine(RuleBasedStateMachine):
             num_blocks - len(self.owned(group))
             for group, num_blocks in zip(self.groups, self.num_blocks, strict=True)
         ]
+        assert [tier.num_held for tier in self.manager.tiers] == [len(host.contents) for host in self.hosts]
 
 
 TestRequestCaches = RequestCacheMachine.TestCase

@@ -16,6 +16,7 @@ from turboquant_core import (
     BlockQuantizer,
     CacheManager,
     ExactCodec,
+    HostStore,
     LayerShape,
     PagedStore,
     StatePool,
@@ -93,6 +94,7 @@ class Parts:
         bits: Of keys and values; None keeps blocks as they are.
         max_num_batched_tokens: Most tokens of prompts in a step.
         caches_prefixes: Whether prompts find blocks of earlier ones.
+        num_host_blocks: Blocks of each group that there is room for on the host.
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class Parts:
         bits: int | None,
         max_num_batched_tokens: int,
         caches_prefixes: bool,
+        num_host_blocks: int,
     ) -> None:
         counts = [num_blocks] * len(attention.groups)
         self.store = PagedStore(
@@ -128,10 +131,22 @@ class Parts:
         )
         _poison(self.store)
         states = StatePool(num_slots) if attention.state_bytes else None
-        self.manager = CacheManager(timeline, attention.groups, counts, num_slots, caches_prefixes)
-        self.runner = ModelRunner(model, self.store, states, is_paged=attention.is_paged)
+        self.manager = CacheManager(
+            timeline, attention.groups, counts, num_slots, caches_prefixes, num_host_blocks
+        )
+        self.runner = ModelRunner(
+            model,
+            self.store,
+            states,
+            is_paged=attention.is_paged,
+            host_store=HostStore(self.store, num_host_blocks) if num_host_blocks else None,
+        )
         self.scheduler = Scheduler(
-            self.manager.open, timeline, max_num_batched_tokens, one_shot=attention.one_shot
+            self.manager.open,
+            timeline,
+            max_num_batched_tokens,
+            one_shot=attention.one_shot,
+            take_moves=self.manager.take_moves,
         )
 
 
@@ -167,6 +182,7 @@ class Bench:
         max_model_len: Most tokens of a request.
         max_num_batched_tokens: Most tokens of prompts in a step.
         caches_prefixes: Whether prompts find blocks of earlier ones.
+        num_host_blocks: Blocks of each group that there is room for on the host.
         eos_token_ids: Tokens that end an answer.
         overlaps_steps: Whether a step is launched before the one before it is taken in.
     """
@@ -184,6 +200,7 @@ class Bench:
         max_model_len: int = 2048,
         max_num_batched_tokens: int = 2048,
         caches_prefixes: bool = True,
+        num_host_blocks: int = 0,
         eos_token_ids: Iterable[int] = (0, 2),
         overlaps_steps: bool = False,
     ) -> None:
@@ -201,6 +218,7 @@ class Bench:
             bits=bits,
             max_num_batched_tokens=max_num_batched_tokens,
             caches_prefixes=caches_prefixes,
+            num_host_blocks=num_host_blocks,
         )
         self.store, self.manager, self.scheduler = parts.store, parts.manager, parts.scheduler
         self._num_blocks = parts.manager.num_free_blocks

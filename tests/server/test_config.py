@@ -205,7 +205,7 @@ def test_a_length_is_a_number_or_thousands_of_two_or_auto(text: Any, length: int
     assert ServerConfig(max_model_len=text).max_model_len == length
 
 
-@pytest.mark.parametrize("name", ["vram_limit", "kv_cache_memory"])
+@pytest.mark.parametrize("name", ["vram_limit", "kv_cache_memory", "swap_space"])
 @pytest.mark.parametrize(
     ("text", "size"),
     [

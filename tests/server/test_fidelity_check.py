@@ -146,7 +146,7 @@ def test_it_takes_a_sixteenth_of_the_memory_or_what_eight_thousand_tokens_need(
 def test_what_it_takes_is_not_the_caches(
     loaded: Any, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("turboquant_server.memory._available_bytes", lambda: 2**26)
+    monkeypatch.setattr("turboquant_server.memory.available_bytes", lambda: 2**26)
     with loaded(tiny_model_dir, kv_cache_memory=None, max_num_seqs=64) as manager:
         without = manager.cache_bytes
     with loaded(tiny_model_dir, kv_cache_memory=None, max_num_seqs=64, fidelity_sample_rate=1) as manager:

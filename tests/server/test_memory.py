@@ -35,7 +35,7 @@ def test_half_of_a_machines_available_memory_may_be_used() -> None:
 
 
 def test_a_share_of_a_machines_memory_may_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_available_bytes", lambda: 1000)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
     assert memory_budget(CPU) == 500
     assert memory_budget(CPU, utilization=0.9) == 900
     assert memory_budget(CPU, vram_limit=10) == 500

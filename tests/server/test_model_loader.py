@@ -97,7 +97,7 @@ def test_auto_keeps_16_bits_on_a_cpu_where_float32_has_no_room(
 ) -> None:
     change_weights(checkpoint, lambda weights: weights.update({k: w.bfloat16() for k, w in weights.items()}))
     change_config(checkpoint, dtype="bfloat16")
-    monkeypatch.setattr(memory, "_available_bytes", lambda: num_available)
+    monkeypatch.setattr(memory, "available_bytes", lambda: num_available)
     config = ServerConfig(model=str(checkpoint), device="cpu", gpu_memory_utilization=utilization)
     assert load_model(config).model.dtype == dtype
 

@@ -1,7 +1,8 @@
 """Whatever requests come, end and fail in whatever order, each step obeys the timeline and nobody starves.
 
 The engine is real but for the model. In its place stands a runner that remembers which tokens lie in which
-slot and block, and looks at each step whether a request finds there what it needs.
+slot and block, and looks at each step whether a request finds there what it needs. More than 300 lines: the
+runner is a model of its own.
 """
 
 from __future__ import annotations
@@ -46,13 +47,20 @@ class Setup:
     num_slots: int
     budget: int
     one_shot: bool = False
+    num_host_blocks: int = 0
 
 
 SETUPS = (
     Setup(Timeline(), ((Visibility(), 49),), num_slots=16, budget=2048),
-    Setup(Timeline(), ((Visibility(), 60), (Visibility(window=300), 14)), num_slots=8, budget=2048),
     Setup(
-        SHORT, ((Visibility(), 49), (Visibility(window=100), 6), (Visibility(chunk=192), 9)), 6, budget=300
+        Timeline(), ((Visibility(), 60), (Visibility(window=300), 14)), 8, budget=2048, num_host_blocks=100
+    ),
+    Setup(
+        SHORT,
+        ((Visibility(), 49), (Visibility(window=100), 6), (Visibility(chunk=192), 9)),
+        6,
+        budget=300,
+        num_host_blocks=20,
     ),
     Setup(SHORT, ((Visibility(window=130), 5),), num_slots=3, budget=1000),
     Setup(SHORT, ((Visibility(), 50),), num_slots=12, budget=1),
@@ -75,6 +83,7 @@ class CheckingRunner:
         self.visibilities = [visibility for visibility, _ in setup.groups]
         self.slots: dict[int, list[int]] = {}  # the tokens whose newest lie there
         self.blocks: list[dict[int, int]] = [{} for _ in setup.groups]
+        self.host: list[dict[int, int]] = [{} for _ in setup.groups]
         self.contents: dict[Request, list[int]] = {}
         self.random = random.Random(0)
         self.is_failing = False
@@ -99,6 +108,9 @@ class CheckingRunner:
         for item in batch.prefills:
             self.check_cuts(item.request, item.chunks)
         self.check_budget(batch.prefills)
+        for moves, blocks, host in zip(batch.moves, self.blocks, self.host, strict=True):
+            host |= {host_id: blocks[block_id] for block_id, host_id in moves.to_host}
+            blocks |= {block_id: host[host_id] for block_id, host_id in moves.to_device}
         for item in scheduled:
             for chunk in item.chunks:
                 self.compute(item.request, chunk)
@@ -183,9 +195,16 @@ class SchedulerMachine(RuleBasedStateMachine):
             [num_blocks for _, num_blocks in setup.groups],
             setup.num_slots,
             caches_prefixes=not setup.one_shot,
+            num_host_blocks=setup.num_host_blocks,
         )
         self.opened: list[RequestCache] = []
-        self.scheduler = Scheduler(self.open, setup.timeline, setup.budget, one_shot=setup.one_shot)
+        self.scheduler = Scheduler(
+            self.open,
+            setup.timeline,
+            setup.budget,
+            one_shot=setup.one_shot,
+            take_moves=self.manager.take_moves,
+        )
         self.runner = CheckingRunner(setup)
         self.runner.max_model_len = max_model_len = min(self.manager.max_tokens, MAX_PROMPT + 100)
         assert max_model_len > MAX_PROMPT

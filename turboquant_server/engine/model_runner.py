@@ -15,6 +15,7 @@ from turboquant_core import (
     DecodeAttention,
     DecodeBuffers,
     DenseCache,
+    HostStore,
     PagedStore,
     PassThroughCache,
     PrefillAttention,
@@ -52,6 +53,7 @@ class ModelRunner:
         states: Holds what recurrent layers remember, if the model has any.
         is_paged: The model attends on the store; otherwise it gets the past as it gets it in transformers.
         compiled: Takes the place of the model's own forward.
+        host_store: Where blocks go whose room in the store is needed, if they go anywhere.
 
     Attributes:
         graphs: Run decode steps of this many requests or less, if there are any: see `capture_graphs`.
@@ -65,6 +67,7 @@ class ModelRunner:
         *,
         is_paged: bool,
         compiled: CompiledForward | None = None,
+        host_store: HostStore | None = None,
     ) -> None:
         self.graphs: DecodeGraphs | None = None
         self._model = model
@@ -73,6 +76,7 @@ class ModelRunner:
         self._is_paged = is_paged
         self._model_forward = ModelForward(model)
         self._compiled = compiled
+        self._host_store = host_store
         self._buffers = DecodeBuffers(
             store.visibilities, store.timeline, store.num_slots, store.device, num_extra=2
         )
@@ -111,6 +115,8 @@ class ModelRunner:
         Returns:
             What becomes of each request. The failure of one leaves the others alone.
         """
+        if self._host_store is not None:
+            self._host_store.move(batch.moves)
         drawn = [
             *self._compute(batch.prefills, is_decode=False),
             *self._compute(batch.decodes, is_decode=True),
@@ -173,15 +179,13 @@ class ModelRunner:
         token_ids = [item.request.token_ids[c.start : c.end] for item in scheduled for c in item.chunks]
         positions = [range(chunk.start, chunk.end) for chunk in chunks]
         ends = accumulate(sum(chunk.num_tokens for chunk in item.chunks) for item in scheduled)
-        inputs = self._upload([[*chain(*token_ids)], [*chain(*positions)]])
+        inputs = self._upload([[*chain(*token_ids)], [*chain(*positions)]])[:, None]
         wanted = self._upload([end - 1 for end in ends])
         slots = self._upload([item.chunks[0].cache.slot for item in scheduled])
         cache = PassThroughCache(self._model.config)
         with forward_context(PrefillAttention(self._store, self._store.plan_prefill(chunks))):
             has_past = chunks[0].start > 0
-            return self._run_model(inputs[:, None], wanted, cache, slots, has_past=has_past, prompts=prompts)[
-                0
-            ]
+            return self._run_model(inputs, wanted, cache, slots, has_past=has_past, prompts=prompts)[0]
 
     def _forward_decode(self, scheduled: Sequence[ScheduledRequest]) -> Tensor:
         """Run the model on the newest token of each request, each in its own row."""
@@ -198,9 +202,8 @@ class ModelRunner:
         slots = self._buffers.slots(num_rows).long()
         cache = PassThroughCache(self._model.config)
         with forward_context(DecodeAttention(self._store, self._buffers.plans(num_rows))):
-            return self._run_model(inputs, slots.new_zeros(1), cache, slots, has_past=True, decodes=chunks)[
-                :, 0
-            ]
+            wanted = slots.new_zeros(1)
+            return self._run_model(inputs, wanted, cache, slots, has_past=True, decodes=chunks)[:, 0]
 
     def _forward_dense(self, scheduled: ScheduledRequest) -> Tensor:
         """Run the model chunk by chunk, each with its past as one tensor."""

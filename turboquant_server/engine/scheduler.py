@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from turboquant_core import Chunk, RequestCache, Timeline
+from turboquant_core import Chunk, Moves, RequestCache, Timeline
 from turboquant_server.engine.request import FinishReason, Request, RequestStatus
 
 OpenCache: TypeAlias = Callable[[Sequence[int], int, bytes], RequestCache | None]
@@ -41,10 +41,12 @@ class ScheduledBatch:
     Attributes:
         prefills: Those that have several tokens to compute.
         decodes: Those that have one, the one that was generated last.
+        moves: Of each layer group, the copies to and from host memory that come before all else.
     """
 
     prefills: list[ScheduledRequest]
     decodes: list[ScheduledRequest]
+    moves: Sequence[Moves] = field(default_factory=list)
 
 
 class Scheduler:
@@ -57,6 +59,7 @@ class Scheduler:
         max_num_batched_tokens: Most tokens of prompts in one step.
         one_shot: Compute all of a request's tokens in one step; for models that cannot go on from the middle
             of a prompt.
+        take_moves: Returns the copies that the step needs which has been made room for.
 
     Attributes:
         waiting: Requests that hold no cache, the oldest first.
@@ -71,11 +74,13 @@ class Scheduler:
         max_num_batched_tokens: int,
         *,
         one_shot: bool = False,
+        take_moves: Callable[[], Sequence[Moves]] = list,
     ) -> None:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.num_preemptions = 0
         self._open_cache = open_cache
+        self._take_moves = take_moves
         self._timeline = timeline
         self._longest_chunk = timeline.num_sinks + timeline.segment_size + timeline.residual_length
         self._max_num_batched_tokens = max_num_batched_tokens
@@ -115,7 +120,7 @@ class Scheduler:
             budget -= self._schedule_prefill(request, budget, prefills)
         # The store reads slots that follow each other without a copy.
         decodes.sort(key=lambda item: item.chunks[0].cache.slot)
-        batch = ScheduledBatch(_still_running(prefills), _still_running(decodes))
+        batch = ScheduledBatch(_still_running(prefills), _still_running(decodes), self._take_moves())
         is_idle = not batch.prefills and not batch.decodes and not any(r.is_complete for r in self.running)
         assert not (is_idle and self.waiting), "a request waits that nothing can hold"
         return batch
