@@ -116,12 +116,16 @@ def use_the_core(block: Block, url: str) -> None:
 
 
 def ask_with_anthropics_sdk(block: Block, url: str) -> None:
+    """Claude Code itself is not here; Anthropic's SDK takes its place."""
     program = (
         "import os, anthropic; messages = [{'role': 'user', 'content': 'Hello'}]; "
         "model = os.environ['ANTHROPIC_MODEL']; client = anthropic.Anthropic(); "
         "print(client.messages.create(model=model, messages=messages, max_tokens=9).model)"
     )
-    assert run_shell(block, url, shlex.join([sys.executable, "-c", program])) == f"{NAME}\n"
+    variables, command = block.text.rstrip().rsplit("\n", 1)
+    assert command == "claude"
+    settings = Block(block.file, block.language, variables)
+    assert run_shell(settings, url, shlex.join([sys.executable, "-c", program])) == f"{NAME}\n"
 
 
 def configure_codex(block: Block, url: str) -> None:

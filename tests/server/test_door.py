@@ -91,6 +91,7 @@ def test_every_path_asks_for_a_key(
         response = http.request(method, path, headers=headers)
         assert response.status_code == 401
         assert response.headers["www-authenticate"] == "Bearer"
+        assert response.headers["x-should-retry"] == "false"
         error = response.json()["error"]
         assert words in error["message"]
         assert (error["type"], error["param"], error["code"]) == (

@@ -71,7 +71,10 @@ def test_every_field_of_the_sdk_is_known(model: type[RequestModel], params: Any)
         ({"messages": [{"role": "developer", "content": "a"}]}, r"'messages\[0\].role'"),
         ({"mcp_servers": [{"type": "url"}]}, "'mcp_servers'"),
         ({"container": "a"}, "'container'"),
-        ({"messages": [{"role": "user", "content": "x" * 2100}]}, "^prompt is too long: .* 2048 tokens"),
+        (
+            {"messages": [{"role": "user", "content": "x" * 2100}]},
+            r"^prompt is too long: \d{4} tokens > 2048 maximum,",
+        ),
     ],
     ids=str,
 )
@@ -186,7 +189,6 @@ CALLED = {
     "role": "assistant",
     "content": [{"type": "tool_use", "id": "toolu_1", "name": "get_weather", "input": {}}],
 }
-IMAGE = {"type": "image", "source": {"type": "url", "url": "https://a/b.png"}}
 
 
 def result(call_id: str, content: Any = "a") -> dict[str, Any]:
@@ -203,8 +205,6 @@ def result(call_id: str, content: Any = "a") -> dict[str, Any]:
         ([USER, CALLED, result("toolu_2")], "messages[2].content[0].tool_use_id"),
         ([result("toolu_1")], "messages[0].content[0].tool_use_id"),
         ([{"role": "user", "content": CALLED["content"]}], "messages[0].content[0].type"),
-        ([{"role": "user", "content": [IMAGE]}], "messages[0].content[0].type"),
-        ([USER, CALLED, result("toolu_1", [IMAGE])], "messages[2].content[0].content[0].type"),
         ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0].text"),
         ([{"role": "user", "content": [{"type": "tool_result"}]}], "messages[0].content[0].tool_use_id"),
         (

@@ -61,7 +61,9 @@ def policy(response: httpx.Response) -> dict[str, str]:
 def test_a_page_is_its_file_and_lets_nothing_else_in(serve: Serve, path: str) -> None:
     with serve(build_app(ModelManager(ServerConfig()))) as url:
         response = httpx.get(f"{url}{path}")
+        head = httpx.head(f"{url}{path}")
     assert response.status_code == 200 and response.content == PAGES[path].read_bytes()
+    assert (head.status_code, head.content) == (200, b"")
     assert response.headers["content-type"] == "text/html; charset=utf-8"
     assert response.headers["x-content-type-options"] == "nosniff"
     assert response.headers["referrer-policy"] == "no-referrer"

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 
 from turboquant_server.api.errors import ApiError
 
-CHALLENGE = {"WWW-Authenticate": "Bearer"}
+# Claude Code would send the same key again, for minutes.
+REFUSAL = {"WWW-Authenticate": "Bearer", "x-should-retry": "false"}
 
 
 class ApiKeys:
@@ -28,11 +29,11 @@ class ApiKeys:
         key = _find_key(dict(headers))
         if key is None:
             message = "You didn't provide an API key. Send it in the header 'Authorization: Bearer KEY'."
-            return ApiError(401, message, code="invalid_api_key", headers=CHALLENGE)
+            return ApiError(401, message, code="invalid_api_key", headers=REFUSAL)
         digest = _digest(key)
         # Digests are of one length, and all of them are looked at.
         if not any([hmac.compare_digest(digest, known) for known in self._digests]):
-            return ApiError(401, "Incorrect API key provided.", code="invalid_api_key", headers=CHALLENGE)
+            return ApiError(401, "Incorrect API key provided.", code="invalid_api_key", headers=REFUSAL)
         return None
 
 

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, ConfigDict, Field, ValidationInfo, field_va
 from pydantic_core import PydanticCustomError
 
 from turboquant_server.api.generation_request import CompletionsRequest
+from turboquant_server.api.media import ReadableOnly
 from turboquant_server.api.request_model import NonEmptyText, RequestModel, Text, only
 from turboquant_server.engine.sampling_params import MAX_LOGPROBS
 
@@ -19,7 +20,7 @@ ToolName = Annotated[str, Field(pattern=rf"^[a-zA-Z0-9_-]{{1,{MAX_NAME_LENGTH}}}
 class TextPart(RequestModel):
     """One part of a message's content; only text is supported."""
 
-    type: Literal["text"]
+    type: Annotated[Literal["text"], ReadableOnly]
     text: Text
 
 

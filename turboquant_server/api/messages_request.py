@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from turboquant_server.api.chat_request import TextPart, ToolName
 from turboquant_server.api.generation_request import MAX_STOP_STRINGS
+from turboquant_server.api.media import ReadableOnly, media_note
 from turboquant_server.api.request_model import NonEmptyText, RequestModel, Text, only
 
 NEEDED_FIELDS: Mapping[str, tuple[str, ...]] = {
@@ -25,6 +26,19 @@ class TextBlock(TextPart):
     """A piece of text."""
 
     harmless_fields = frozenset({"cache_control", "citations"})
+
+
+class MediaBlock(RequestModel):
+    """Something that a tool has returned and no model here can read."""
+
+    harmless_fields = frozenset({"cache_control", "citations", "context", "source", "title"})
+
+    type: Literal["image", "document"]
+
+    @property
+    def text(self) -> str:
+        """What the model is told of it."""
+        return media_note(self.type)
 
 
 def _check_input(value: dict[str, Any]) -> dict[str, Any]:
@@ -44,14 +58,14 @@ class ContentBlock(RequestModel):
         {"cache_control", "caller", "citations", "data", "signature", "toolset_name"}  # data is redacted
     )
 
-    type: Literal["text", "thinking", "redacted_thinking", "tool_use", "tool_result"]
+    type: Annotated[Literal["text", "thinking", "redacted_thinking", "tool_use", "tool_result"], ReadableOnly]
     text: Text | None = Field(None, validate_default=True)
     thinking: Text | None = Field(None, validate_default=True)
     id: NonEmptyText | None = Field(None, validate_default=True)
     name: NonEmptyText | None = Field(None, validate_default=True)
     input: Annotated[dict[str, Any], AfterValidator(_check_input)] | None = Field(None, validate_default=True)
     tool_use_id: Text | None = Field(None, validate_default=True)
-    content: Text | Annotated[list[TextBlock], Field(fail_fast=True)] | None = None
+    content: Text | Annotated[list[TextBlock | MediaBlock], Field(fail_fast=True)] | None = None
     is_error: bool | None = None
 
     @field_validator("text", "thinking", "id", "name", "input", "tool_use_id")

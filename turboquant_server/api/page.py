@@ -35,7 +35,8 @@ def add_page(app: FastAPI, path: str, name: str) -> None:
         "Cache-Control": "no-cache",
     }
 
-    @app.get(path, include_in_schema=False, response_class=HTMLResponse)
+    # Claude Code asks for the head of / before its first request.
+    @app.api_route(path, methods=["GET", "HEAD"], include_in_schema=False, response_class=HTMLResponse)
     async def page() -> HTMLResponse:
         return HTMLResponse(html, headers=headers)
 

@@ -15,6 +15,7 @@ from turboquant_server.api.responses_items import (
     CustomToolCallItem,
     FunctionCallItem,
     Item,
+    MediaPart,
     MessageItem,
     ReasoningItem,
     ReasoningPart,
@@ -135,5 +136,5 @@ def _to_message(item: Item) -> dict[str, Any]:
     return {"role": item.role, "content": _to_text(item.content)}
 
 
-def _to_text(content: str | Sequence[ContentPart | ReasoningPart]) -> str:
+def _to_text(content: str | Sequence[ContentPart | MediaPart | ReasoningPart]) -> str:
     return content if isinstance(content, str) else "\n".join(part.text for part in content)

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, Discriminator, Field, Tag, WithJ
 from pydantic_core import PydanticCustomError
 
 from turboquant_server.api.chat_request import CalledFunction
+from turboquant_server.api.media import ReadableOnly, media_note
 from turboquant_server.api.request_model import NonEmptyText, RequestModel, Text, only
 
 ITEM_TYPES = (
@@ -35,12 +36,27 @@ def type_of(value: object) -> object:
 
 
 class ContentPart(RequestModel):
-    """A part of a message or of what a function returned; only text is supported."""
+    """A text of a message or of what a function returned."""
 
     harmless_fields = frozenset({"annotations", "logprobs", "prompt_cache_breakpoint"})
 
-    type: Literal["input_text", "output_text"]
+    type: Annotated[Literal["input_text", "output_text"], ReadableOnly]
     text: Text
+
+
+class MediaPart(RequestModel):
+    """Something that a function returned and no model here can read."""
+
+    harmless_fields = frozenset(
+        {"detail", "file_data", "file_id", "file_url", "filename", "image_url", "prompt_cache_breakpoint"}
+    )
+
+    type: Literal["input_image", "input_file"]
+
+    @property
+    def text(self) -> str:
+        """What the model is told of it."""
+        return media_note(self.type)
 
 
 Content: TypeAlias = Text | Annotated[list[ContentPart], Field(fail_fast=True)]
@@ -97,7 +113,7 @@ class CallOutputItem(RequestModel):
 
     type: Literal["function_call_output", "custom_tool_call_output"]
     call_id: Text
-    output: Content
+    output: Text | Annotated[list[ContentPart | MediaPart], Field(fail_fast=True)]
 
 
 class ReasoningPart(RequestModel):

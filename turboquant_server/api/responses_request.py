@@ -45,11 +45,11 @@ def _now(name: str) -> GetPydanticSchema:
 
 
 class ReasoningConfig(RequestModel):
-    """How the model is to think. There are no summaries, so none may be asked for in earnest."""
+    """How the model is to think. There are no summaries; who asks for one gets the thoughts themselves."""
 
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
-    summary: Annotated[Any, only("auto")] = None
-    generate_summary: Annotated[Any, only("auto")] = None
+    summary: Literal["auto", "concise", "detailed"] | None = None
+    generate_summary: Literal["auto", "concise", "detailed"] | None = None
     context: Annotated[Any, only("auto")] = None
     mode: Annotated[Any, only("standard")] = None
 
