@@ -157,6 +157,13 @@ def check_script(script: str, *arguments: str) -> None:
             assert (ROOT / argument).exists(), argument
 
 
+def name_flags(block: Block, url: str) -> None:
+    """Not run: it fetches a model from the hub, for several GPUs."""
+    for command in block.commands:
+        assert command[0] == "turboquant-server"
+        parse_config(command[1:])
+
+
 def install_and_deploy(block: Block, url: str) -> None:
     """Not run: it installs, and asks for docker, the hub and Ray; all that it names exists."""
     extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
@@ -193,6 +200,7 @@ CHECKS: dict[tuple[str, str], Callable[[Block, str], None]] = {
     ("README.md", "from openai import OpenAI"): ask_with_the_sdk,
     ("README.md", "scripts/serve --model"): name_scripts_and_flags,
     ("README.md", "pip install . "): install_and_deploy,
+    ("README.md", "turboquant-server --model"): name_flags,
     ("README.md", "pip install '.[ray]'"): install_and_deploy,
     ("README.md", "from pathlib import Path"): generate_with_the_cache,
     ("README.md", 'model = "NAME"'): configure_codex,

@@ -38,9 +38,11 @@ from turboquant_core import (
 )
 from turboquant_server.engine.detokenizer import Detokenizer
 from turboquant_server.engine.model_runner import ModelRunner
+from turboquant_server.engine.ranks import ALONE, Ranks
 from turboquant_server.engine.request import FinishReason, Request
 from turboquant_server.engine.sampling_params import SamplingParams
 from turboquant_server.engine.scheduler import Scheduler
+from turboquant_server.tensor_parallel import undivided
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -91,22 +93,28 @@ class ModelAttention:
 
 
 def find_attention(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_model_len: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    max_model_len: int,
+    ranks: Ranks = ALONE,
 ) -> ModelAttention:
     """Return how a model attends, and leave it attending that way.
+
+    Of a model that ranks have in parts, what is compared with is computed by each of them as a whole.
 
     Raises:
         UnsupportedModelError: No way gives the logits of plain transformers.
     """
     prompts = _prompts(model, max_model_len)
     try:
-        expected = [_plain_logits(model, tokens) for tokens in prompts]
+        with undivided(model):
+            expected = [_plain_logits(model, tokens) for tokens in prompts]
     except (torch.OutOfMemoryError, UnsupportedModelError):
         raise
     except Exception as failure:
         raise UnsupportedModelError(f"it fails even without one ({_first_line(failure)})") from failure
     reasons = []
-    for is_paged, one_shot in _ways(model):
+    for is_paged, one_shot in _ways(model) if ranks.size == 1 else [(True, False)]:
         try:
             attention = _prepare(model, is_paged, one_shot)
             attention, logits = _paged_logits(model, tokenizer, attention, prompts, expected[0].shape[-1])
@@ -117,7 +125,7 @@ def find_attention(
             is_told = isinstance(failure, UnsupportedModelError | UnsupportedAttentionError)
             reasons.append(str(failure) if is_told else f"it fails with one ({_first_line(failure)})")
             continue
-        error = max(_relative_error(*pair) for pair in zip(logits, expected, strict=True))
+        error = ranks.largest(max(_relative_error(*pair) for pair in zip(logits, expected, strict=True)))
         if error <= (MAX_ERROR_FLOAT32 if model.dtype == torch.float32 else MAX_ERROR_16_BIT):
             return attention
         reasons.append(f"its logits are off by {error:.1g} of their standard deviation")

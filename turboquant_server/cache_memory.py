@@ -16,6 +16,7 @@ from turboquant_core import CacheManager, Chunk, PagedStore, RequestCache, State
 from turboquant_server.cache_size import TIMELINE, CacheSize, divide_memory, format_bytes
 from turboquant_server.engine.detokenizer import Detokenizer
 from turboquant_server.engine.model_runner import ModelRunner
+from turboquant_server.engine.ranks import ALONE, Ranks
 from turboquant_server.engine.request import Request
 from turboquant_server.engine.sampler import SamplingRow, sample
 from turboquant_server.engine.sampling_params import MAX_LOGPROBS, SamplingParams
@@ -47,8 +48,20 @@ def size_cache(
     max_model_len: int,
     compiled: CompiledForward | None = None,
     reserved_bytes: int = 0,
+    ranks: Ranks = ALONE,
 ) -> CacheSize:
-    """Return the cache that the device has room for, as the flags say, beside bytes that others will take.
+    """Return the cache that the device, and that of each other rank, has room for, as the flags say.
+
+    Args:
+        config: The flags.
+        model: Which is on its device.
+        tokenizer: Of the model.
+        attention: How it attends.
+        layers: What the store needs.
+        max_model_len: Most tokens of a request.
+        compiled: Takes the place of the model's forward.
+        reserved_bytes: What others will take of the device.
+        ranks: Those that share the model.
 
     Raises:
         ModelLoadError: There is not enough memory.
@@ -61,7 +74,7 @@ def size_cache(
     in_use = memory_in_use(device)
     if config.kv_cache_memory is not None:
         size = divide(config.kv_cache_memory)
-        available = memory_budget(device, 1.0) - in_use - reserved_bytes
+        available = ranks.smallest(memory_budget(device, 1.0) - in_use - reserved_bytes)
         if size.num_bytes > available:
             raise ModelLoadError(
                 f"--kv-cache-memory asks for {format_bytes(size.num_bytes)} and {device} has "
@@ -70,12 +83,14 @@ def size_cache(
         return size
     budget = memory_budget(device, config.gpu_memory_utilization, config.vram_limit) - reserved_bytes
     if device.type != "cuda":
-        return divide(budget)  # what is left of the machine's memory is enough for the steps
-    left = budget - in_use - CUDA_RESERVE
+        # What is left of the machine's memory is enough for the steps.
+        return divide(ranks.smallest(budget // ranks.size))
+    left = ranks.smallest(budget - in_use - CUDA_RESERVE)
     if left > 0:
         left -= _measure_scratch(
             config, model, tokenizer, attention, layers, divide(left), max_model_len, compiled
         )
+        left = ranks.smallest(left)
     if left <= 0:
         raise ModelLoadError(
             f"the weights take {format_bytes(in_use)} of {format_bytes(budget)} and leave no memory for a "

@@ -29,6 +29,7 @@ from turboquant_core import (
     rotation,
 )
 from turboquant_server.attention_check import ModelAttention, UnsupportedModelError
+from turboquant_server.engine.ranks import ALONE, Ranks
 from turboquant_server.load_error import ModelLoadError
 
 if TYPE_CHECKING:
@@ -102,9 +103,15 @@ class CachePlan:
 
 
 def plan_cache(
-    config: ServerConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_model_len: int
+    config: ServerConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    max_model_len: int,
+    ranks: Ranks = ALONE,
 ) -> CachePlan:
     """Measure what the model's cache needs; nothing, if it is not compressed.
+
+    Transforms are of each head, so ranks have those of theirs; the bits of layers are the same on all.
 
     Raises:
         ModelLoadError: The budget cannot be met.
@@ -133,7 +140,7 @@ def plan_cache(
             )
         except ValueError as error:
             raise ModelLoadError(f"--kv-budget-bits cannot be met: {error}") from error
-    return CachePlan(key_bits, value_bits, bit_plan, transforms)
+    return CachePlan(key_bits, value_bits, ranks.of_first(bit_plan), transforms)
 
 
 def sample_windows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_model_len: int) -> Tensor:

@@ -39,13 +39,16 @@ class CacheUsage:
         return 8 * BF16_BYTES * self.held_bytes / self.bf16_bytes if self.bf16_bytes else None
 
 
-def measure_usage(size: CacheSize, manager: CacheManager, running: Sequence[Request]) -> CacheUsage:
+def measure_usage(
+    size: CacheSize, manager: CacheManager, running: Sequence[Request], num_ranks: int = 1
+) -> CacheUsage:
     """Return what is held now, while the engine goes on; a step may be counted in part.
 
     Args:
         size: The cache.
         manager: Of its blocks.
         running: The requests that hold a cache.
+        num_ranks: How many devices have such a cache, each for a part of the heads.
     """
     num_held = [total - free for total, free in zip(size.num_blocks, manager.num_free_blocks, strict=True)]
     num_made = list(num_held)
@@ -63,8 +66,8 @@ def measure_usage(size: CacheSize, manager: CacheManager, running: Sequence[Requ
     bf16_bytes = num_exact * sum(size.bf16_block_bytes) // BLOCK_SIZE
     shares = [held / total for held, total in zip(num_held, size.num_blocks, strict=True) if total]
     return CacheUsage(
-        held_bytes=_total(num_held, size.block_bytes) + num_slots * size.exact_bytes,
-        bf16_bytes=bf16_bytes + _total(num_made, size.bf16_block_bytes),
+        held_bytes=num_ranks * (_total(num_held, size.block_bytes) + num_slots * size.exact_bytes),
+        bf16_bytes=num_ranks * (bf16_bytes + _total(num_made, size.bf16_block_bytes)),
         num_tokens=BLOCK_SIZE * max(num_made, default=0) + num_exact,
         num_exact_tokens=num_exact,
         share=max(shares, default=0.0),

@@ -53,6 +53,9 @@ class ModelConfig(BaseModel):
     device: Text | None = Field(
         None, description="cpu, cuda or cuda:N (default: cuda where there is one, else cpu)"
     )
+    tensor_parallel_size: int = Field(
+        1, ge=1, description="GPUs of this machine that share the model, each with a part of its heads"
+    )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="type of the model's weights: auto, bfloat16, float16 or float32"
     )
@@ -110,8 +113,8 @@ class CacheConfig(BaseModel):
     kv_cache_memory: int | None = Field(
         None,
         gt=0,
-        description="bytes of the cache, such as 10GiB or 10GB, in place of --gpu-memory-utilization and "
-        "--vram-limit (default: what those leave)",
+        description="bytes of the cache, on each GPU, such as 10GiB or 10GB, in place of "
+        "--gpu-memory-utilization and --vram-limit (default: what those leave)",
     )
     gpu_memory_utilization: float | None = Field(
         None,

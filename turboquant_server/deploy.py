@@ -176,7 +176,7 @@ def build(config: DeployConfig) -> serve.Application:
         health_check_period_s=HEALTH_CHECK_PERIOD,
         request_router_config=RequestRouterConfig(request_router_class=PromptRouter),
         ray_actor_options={
-            "num_gpus": int(uses_gpu),
+            "num_gpus": uses_gpu * config.tensor_parallel_size,
             "runtime_env": {"env_vars": dict([SPIN_COUNT])},
         },
     )

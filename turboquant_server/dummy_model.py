@@ -4,10 +4,21 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from torch.distributed.tensor import DTensor
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import logging
+
+from turboquant_server.engine.ranks import Ranks
+from turboquant_server.tensor_parallel import division
 
 SEED = 0
 
@@ -33,4 +44,32 @@ def build_dummy_model(
         torch.manual_seed(SEED)
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **options)
     assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def build_divided_dummy_model(config: PreTrainedConfig, dtype: str, ranks: Ranks) -> PreTrainedModel:
+    """Make a rank's part of such a model; other weights than those of one that is not divided.
+
+    Args:
+        config: Of the model.
+        dtype: Of the weights; ``auto`` is the configuration's own.
+        ranks: Those that have the parts.
+    """
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    devices = [ranks.device] if torch.cuda.is_available() else []
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would say of each weight that it is missing
+    try:
+        with torch.random.fork_rng(devices), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on a CPU ranks may draw the same numbers; with these seeds not
+            torch.manual_seed(SEED + ranks.rank)
+            model = model_class.from_pretrained(
+                None, config=config, state_dict={}, dtype=dtype, **division(ranks)
+            )
+    finally:
+        logging.set_verbosity(verbosity)
+    assert isinstance(model, PreTrainedModel)
+    for parameter in model.parameters():
+        if not isinstance(parameter, DTensor):  # all ranks have it
+            ranks.take_first(parameter.data)
     return model

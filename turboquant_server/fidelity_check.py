@@ -62,16 +62,18 @@ def size_exact_cache(
 
 
 def build_fidelity(
-    sample_rate: float, model: PreTrainedModel, attention: ModelAttention, size: CacheSize
-) -> Fidelity:
-    """Allocate the cache for what is read without compression."""
+    config: ServerConfig, model: PreTrainedModel, attention: ModelAttention, size: CacheSize | None
+) -> Fidelity | None:
+    """Allocate the cache for what is read without compression; None if nothing is."""
+    if size is None:
+        return None
     layers = CachePlan(16, 16, exact_dtype=model.dtype).store_layers(attention)
     store, states = build_store(attention, layers, size, model.dtype, model.device)
     manager = open_manager(attention, size, caches_prefixes=False)
     reader = ExactReader(
         model, store, states, manager, is_paged=attention.is_paged, one_shot=attention.one_shot
     )
-    return Fidelity(reader, TIMELINE, sample_rate)
+    return Fidelity(reader, TIMELINE, config.fidelity_sample_rate)
 
 
 def measure_range(

@@ -20,16 +20,19 @@ from turboquant_server.cache_usage import measure_usage
 from turboquant_server.engine.async_engine import AsyncEngine
 from turboquant_server.engine.compiled_forward import compile_forward
 from turboquant_server.engine.engine import Engine
+from turboquant_server.engine.followers import Followers
 from turboquant_server.engine.grammar import GrammarCompiler
 from turboquant_server.engine.model_runner import ModelRunner
+from turboquant_server.engine.ranks import ALONE, Ranks
 from turboquant_server.engine.scheduler import Scheduler
 from turboquant_server.fidelity_check import build_fidelity, measure_range, size_exact_cache
 from turboquant_server.load_error import ModelLoadError
 from turboquant_server.metrics import EngineState, Metrics
-from turboquant_server.model_loader import LoadedModel, load_model
+from turboquant_server.model_loader import LoadedModel, find_eos_token_ids, load_model
 from turboquant_server.parsing.chat_format import ChatFormat
 from turboquant_server.startup_report import format_report
 from turboquant_server.swap_space import build_host_store, count_host_blocks, describe_swap, measure_swap
+from turboquant_server.tensor_parallel import check_devices, rank_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -48,6 +51,7 @@ class ModelManager:
 
     Args:
         config: Which model, and how.
+        ranks: Those that share the model, if this process is not the first of them, which starts the others.
 
     Attributes:
         model_names: What clients may call the model; the first is its own name.
@@ -56,12 +60,14 @@ class ModelManager:
         metrics: Of all requests, from the beginning.
     """
 
-    def __init__(self, config: ServerConfig) -> None:
+    def __init__(self, config: ServerConfig, ranks: Ranks | None = None) -> None:
         self.model_names = list(config.served_model_name) or [config.model or DEMO_MODEL_NAME]
         self.created = int(time.time())
         self.is_ready = False
         self.metrics = Metrics(self.model_names[0])
         self._config = config
+        self._ranks = ranks or ALONE
+        self._followers: Followers | None = None
 
     def load(self, loaded: LoadedModel | None = None) -> None:
         """Load the model, try it out with a paged cache, and start the engine.
@@ -74,28 +80,46 @@ class ModelManager:
             ModelLoadError: The model cannot be served.
         """
         started = time.monotonic()
-        self._load(loaded)
+        size = self._config.tensor_parallel_size
+        if size > self._ranks.size:
+            check_devices(self._config)
+            self._followers = Followers(size, rank_device(self._config.device, 0), self._config)
+            self._ranks = self._followers.ranks
+        try:
+            self._load(loaded)
+        except BaseException:
+            self._end_followers()
+            raise
         self._load_seconds = time.monotonic() - started
         self.is_ready = True
 
     def _load(self, loaded: LoadedModel | None) -> None:
         source = self._config.model or DEMO_MODEL_NAME
-        model, tokenizer, max_model_len = loaded or load_model(self._config)
+        model, tokenizer, max_model_len = loaded or load_model(self._config, self._ranks)
         try:
-            attention = find_attention(model, tokenizer, max_model_len)
+            attention = find_attention(model, tokenizer, max_model_len, self._ranks)
             use_plain_attention(model)
-            self._cache_plan = plan_cache(self._config, model, tokenizer, max_model_len)
+            self._cache_plan = plan_cache(self._config, model, tokenizer, max_model_len, self._ranks)
             if attention.is_paged:
                 use_paged_attention(model)
             layers = self._cache_plan.store_layers(attention)
             compiled = None
-            if attention.is_paged and not attention.state_bytes and not self._config.enforce_eager:
+            if self._ranks.size > 1:
+                logger.info("the model runs uncompiled, as each rank has only a part of it")
+            elif attention.is_paged and not attention.state_bytes and not self._config.enforce_eager:
                 # Before there is a cache, so that it gets no memory that the compiled forward takes.
                 compiled = compile_forward(model, self._config.max_num_batched_tokens)
             exact_size = size_exact_cache(self._config, model, attention, max_model_len)
-            exact_bytes = 0 if exact_size is None else exact_size.num_bytes
             self._cache_size = size_cache(
-                self._config, model, tokenizer, attention, layers, max_model_len, compiled, exact_bytes
+                self._config,
+                model,
+                tokenizer,
+                attention,
+                layers,
+                max_model_len,
+                compiled,
+                exact_size.num_bytes if exact_size else 0,
+                self._ranks,
             )
             num_host_blocks = count_host_blocks(
                 self._config.swap_space, attention, self._cache_size, model.device
@@ -108,10 +132,7 @@ class ModelManager:
             )
             self.max_model_len = self._fit(source, max_model_len)
             store, states = build_store(attention, layers, self._cache_size, model.dtype, model.device)
-            self._fidelity = None
-            if exact_size is not None:
-                rate = self._config.fidelity_sample_rate
-                self._fidelity = build_fidelity(rate, model, attention, exact_size)
+            self._fidelity = build_fidelity(self._config, model, attention, exact_size)
             host_store = build_host_store(store, num_host_blocks)
         except UnsupportedModelError as error:
             raise ModelLoadError(
@@ -130,7 +151,13 @@ class ModelManager:
         eos_token_ids = find_eos_token_ids(model, tokenizer)
         self.grammars = GrammarCompiler(tokenizer, embeddings.num_embeddings, eos_token_ids)
         runner = ModelRunner(
-            model, store, states, is_paged=attention.is_paged, compiled=compiled, host_store=host_store
+            model,
+            store,
+            states,
+            is_paged=attention.is_paged,
+            compiled=compiled,
+            host_store=host_store,
+            ranks=self._ranks,
         )
         if runner.can_capture and not self._config.enforce_eager:
             runner.capture_graphs(self._cache_size.num_slots, self.max_model_len)
@@ -153,8 +180,9 @@ class ModelManager:
         )
         if self._fidelity is not None:
             measure_range(engine, self._fidelity, model, tokenizer)
-        self.engine = AsyncEngine(engine, self.metrics, self._config.request_timeout)
-        self.engine.start()
+        self.engine = AsyncEngine(engine, self.metrics, self._config.request_timeout, self._followers)
+        if self._ranks.rank == 0:
+            self.engine.start()
 
     def _fit(self, source: str, max_model_len: int) -> int:
         """Return how many tokens of a request the cache holds, if that is less than the model was made for.
@@ -213,7 +241,7 @@ class ModelManager:
             num_running=engine.num_running,
             num_waiting=engine.num_waiting,
             num_preemptions=engine.num_preemptions,
-            usage=measure_usage(size, manager, engine.running),
+            usage=measure_usage(size, manager, engine.running, self._ranks.size),
             swap=measure_swap(manager),
             num_capacity_tokens=size.num_tokens,
             num_bf16_capacity_tokens=size.num_bf16_tokens,
@@ -242,8 +270,14 @@ class ModelManager:
         del self.engine, self.grammars, self._model, self.tokenizer, self._cache_manager, self._cache_plan
         del self._fidelity
         gc.collect()
+        self._end_followers()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+    def _end_followers(self) -> None:
+        if self._followers is not None:
+            self._followers.end()
+            self._ranks, self._followers = ALONE, None
 
     def startup_report(self) -> str:
         """Return aligned lines about the loaded model and its cache, to be printed once."""
@@ -259,12 +293,5 @@ class ModelManager:
             swap_space=describe_swap(self._cache_manager, self._cache_size),
             max_model_len=self.max_model_len,
             fidelity=str(self._fidelity.state.range) if self._fidelity else "",
+            num_ranks=self._ranks.size,
         )
-
-
-def find_eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Return the tokens that end an answer, by the model's generation config and by its tokenizer."""
-    generation_config = model.generation_config
-    configured = generation_config.eos_token_id if generation_config is not None else None
-    token_ids = configured if isinstance(configured, list) else [configured]
-    return {token_id for token_id in [*token_ids, tokenizer.eos_token_id] if token_id is not None}

@@ -26,6 +26,7 @@ def format_report(
     max_model_len: int,
     fidelity: str = "",
     swap_space: str = "",
+    num_ranks: int = 1,
 ) -> str:
     """Return aligned lines about a loaded model and its cache.
 
@@ -41,17 +42,21 @@ def format_report(
         max_model_len: Most tokens of a request.
         fidelity: How it compares with predictions without compression, if that was measured.
         swap_space: What that holds, if there is one.
+        num_ranks: How many devices have a part of the model.
     """
     weights = "random weights, " if load_format == "dummy" else ""
     weights += "" if quantize == "none" else f"weights in {quantize}, "
+    devices = (
+        str(model.device) if num_ranks == 1 else f"{num_ranks} tensor-parallel ranks, {model.device.type}"
+    )
     lines = {
         "model": (
             f"{name} ({model.config.model_type}, {_format_count(model.num_parameters())} parameters, "
-            f"{weights}{_name(model.dtype)} on {model.device})"
+            f"{weights}{_name(model.dtype)} on {devices})"
         ),
         "loaded in": f"{load_seconds:.1f} s",
         "context": f"{max_model_len:,} tokens",
-        **_format_cache(cache_plan, cache_size, model.dtype),
+        **_format_cache(cache_plan, cache_size, model.dtype, num_ranks),
         **({"fidelity": fidelity} if fidelity else {}),
         **({"swap space": swap_space} if swap_space else {}),
         "requests": _format_requests(cache_size, max_model_len),
@@ -61,8 +66,8 @@ def format_report(
     return "\n".join(f"{label:<{width}}{text}" for label, text in lines.items())
 
 
-def _format_cache(plan: CachePlan, size: CacheSize, dtype: torch.dtype) -> dict[str, str]:
-    memory = format_bytes(size.num_bytes)
+def _format_cache(plan: CachePlan, size: CacheSize, dtype: torch.dtype, num_ranks: int) -> dict[str, str]:
+    memory = format_bytes(size.num_bytes) + (" a rank" if num_ranks > 1 else "")
     if not size.groups:
         return {"KV cache": "none, only states of recurrent layers", "memory": f"{memory} of states"}
     blocks = f"{_format_bits(plan, dtype)}, {size.bits_per_value:.3f} bits per value"

@@ -155,7 +155,7 @@ class BrokenGrammar(Grammar):
 @pytest.mark.parametrize("overlaps_steps", [False, True])
 def test_a_grammar_that_fails_fails_its_request_only(make_bench: Any, overlaps_steps: bool) -> None:
     whole = regex("[a-z]{9}")
-    broken = BrokenGrammar(whole._matcher, whole.executor, whole.num_tokens)
+    broken = BrokenGrammar(whole.source, whole._matcher, whole.executor, whole.num_tokens)
     bench = make_bench(overlaps_steps=overlaps_steps)
     neighbours = {"plain": greedy(20), "constrained": greedy(20, grammar=whole)}
     bench.engine.add_request("broken", [6] * 20, greedy(20, grammar=broken, n=2))

@@ -21,7 +21,8 @@ from transformers import DynamicCache, PreTrainedModel
 from turboquant_server.config import ServerConfig
 from turboquant_server.engine.request import EngineDeadError, RequestOutput
 from turboquant_server.engine.sampling_params import SamplingParams
-from turboquant_server.model_manager import ModelLoadError, ModelManager, find_eos_token_ids
+from turboquant_server.model_loader import find_eos_token_ids
+from turboquant_server.model_manager import ModelLoadError, ModelManager
 
 pytestmark = pytest.mark.usefixtures("no_variables")
 

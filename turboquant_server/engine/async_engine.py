@@ -8,12 +8,14 @@ import queue
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass
 from typing import TypeAlias
 from weakref import WeakValueDictionary
 
 from turboquant_server.engine.engine import Engine, StepOutput
+from turboquant_server.engine.followers import Followers
+from turboquant_server.engine.messages import Abort, Add, Step, dump, state_of
 from turboquant_server.engine.observer import Observer
 from turboquant_server.engine.request import (
     EngineDeadError,
@@ -25,24 +27,6 @@ from turboquant_server.engine.request import (
 from turboquant_server.engine.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Add:
-    request_id: str
-    prompt_token_ids: list[int]
-    sampling_params: SamplingParams
-    cache_salt: str
-
-
-@dataclass(frozen=True)
-class _Abort:
-    request_id: str
-
-
-class _Shutdown:
-    pass
-
 
 _StreamItem: TypeAlias = StepOutput | EngineDeadError
 
@@ -65,24 +49,31 @@ class AsyncEngine:
         engine: Belongs to this object from now on.
         observer: Hears what becomes of requests.
         request_timeout: Most seconds that a request takes, from its place in the queue on.
+        followers: Processes whose engines take the same steps.
     """
 
     def __init__(
-        self, engine: Engine, observer: Observer | None = None, request_timeout: float | None = None
+        self,
+        engine: Engine,
+        observer: Observer | None = None,
+        request_timeout: float | None = None,
+        followers: Followers | None = None,
     ) -> None:
         self._engine = engine
+        self._followers = followers
+        if followers is not None:
+            followers.on_failure = lambda: self._die("A part of the model is lost; the server ends.")
         self._observer = observer or Observer()
         self._request_timeout = request_timeout
         # Those that nobody has asked for an output yet; whoever drops one before has to tell nobody.
         self._created: WeakValueDictionary[str, AsyncGenerator[RequestOutput, None]] = WeakValueDictionary()
         self._unstarted: deque[Request] = deque()  # of the engine thread
         self._step_began = time.monotonic()
-        self._inbox: queue.SimpleQueue[_Add | _Abort | _Shutdown] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Add | Abort | None] = queue.SimpleQueue()
         self._streams: dict[str, _Stream] = {}
-        self._unseen: set[str] = set()  # ids of the requests that lie in the inbox
+        self._unseen: set[str] = set()  # what lies in the inbox
         self._death: EngineDeadError | None = None
-        # A daemon, so that a process that forgets shutdown() can still end.
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)  # or a process stays
 
     def start(self) -> None:
         """Start the engine thread.
@@ -92,10 +83,16 @@ class AsyncEngine:
         """
         self._thread.start()
 
+    def follow(self, steps: Iterable[Step]) -> None:
+        """Take, on this thread and in place of `start`, the steps of another rank's engine."""
+        for step in steps:
+            step.apply(self._engine)
+            self._engine.step()
+
     def shutdown(self) -> None:
         """End the engine after the current step and wait; unfinished requests get EngineDeadError."""
         if self._thread.is_alive():
-            self._inbox.put(_Shutdown())
+            self._inbox.put(None)
             self._thread.join()
 
     @property
@@ -191,7 +188,7 @@ class AsyncEngine:
             if not self._has_work:
                 self._step_began = time.monotonic()
             self._unseen.add(request_id)
-            self._inbox.put(_Add(request_id, prompt_token_ids, sampling_params, cache_salt))
+            self._inbox.put(Add(request_id, prompt_token_ids, sampling_params, cache_salt))
             while num_unfinished:
                 item = await stream.items.get()
                 if not isinstance(item, RequestOutput):
@@ -203,7 +200,7 @@ class AsyncEngine:
         finally:
             del self._streams[request_id]
             if num_unfinished:
-                self._inbox.put(_Abort(request_id))
+                self._inbox.put(Abort(request_id))
             if timer is not None:
                 timer.cancel()
             self._observer.left(request_id, failure)
@@ -221,7 +218,7 @@ class AsyncEngine:
         def end() -> None:
             message = f"The answer was not finished within the {seconds:g} seconds that it may take."
             stream.items.put_nowait(RequestTimeoutError(request_id, message))
-            self._inbox.put(_Abort(request_id))
+            self._inbox.put(Abort(request_id))
 
         return stream.loop.call_later(seconds, end)
 
@@ -237,33 +234,38 @@ class AsyncEngine:
         except BaseException:
             logger.critical("the engine died", exc_info=True)
             message = "The engine died of an error; the server's log has the details."
+            if self._followers is not None:  # they may wait for this step for ever
+                self._followers.fail()
         finally:
-            self._death = EngineDeadError(message)
+            self._die(message)
             self._unseen.clear()
             self._engine.scheduler.waiting.clear()
             self._engine.scheduler.running.clear()
-            self._send([(stream, EngineDeadError(message)) for stream in list(self._streams.values())])
+
+    def _die(self, message: str) -> None:
+        """Tell all who wait that there will be nothing more; on any thread."""
+        self._death = EngineDeadError(message)
+        self._send([(stream, EngineDeadError(message)) for stream in list(self._streams.values())])
 
     def _receive(self) -> bool:
         """Take in all that arrived, waiting while there is nothing to do; False says shut down."""
+        messages: list[Add | Abort] = []
         while True:
             try:
                 message = self._inbox.get(block=not self._engine.has_work)
             except queue.Empty:
-                return True
-            if isinstance(message, _Shutdown):
+                break
+            if message is None:
                 return False
-            if isinstance(message, _Abort):
-                self._engine.abort_request(message.request_id)
-            else:
+            messages.append(message)
+            if isinstance(message, Add):
                 self._unseen.discard(message.request_id)
-                self._engine.add_request(
-                    message.request_id,
-                    message.prompt_token_ids,
-                    message.sampling_params,
-                    message.cache_salt,
-                )
+            message.apply(self._engine)
+            if isinstance(message, Add):
                 self._unstarted.append(self._engine.scheduler.waiting[-1])
+        if self._followers is not None:
+            self._followers.send(dump(Step(messages, state_of(self._engine))))
+        return True
 
     def _tell_started(self) -> None:
         """Tell the observer which requests this step was the first for; they start in their order."""

@@ -109,7 +109,7 @@ class GrammarCompiler:
         matcher.compute_bitmask()
         if matcher.is_error():
             raise GrammarError(matcher.get_error().replace("Unimplemented keys", "unsupported keywords"))
-        return Grammar(matcher, self._executor, self._num_tokens)
+        return Grammar((kind, text, layout), matcher, self._executor, self._num_tokens)
 
     def _open_tokenizer(self) -> LLTokenizer:
         if self._serialized is None:
@@ -129,12 +129,20 @@ class Grammar:
     """Hold a compiled grammar, which any number of answers may follow.
 
     Args:
+        source: The arguments of `GrammarCompiler.compile`.
         matcher: At the start, where it stays.
         executor: Computes masks.
         num_tokens: Tokens of the vocabulary.
     """
 
-    def __init__(self, matcher: LLMatcher, executor: LLExecutor, num_tokens: int) -> None:
+    def __init__(
+        self,
+        source: tuple[GrammarKind | None, str, Layout],
+        matcher: LLMatcher,
+        executor: LLExecutor,
+        num_tokens: int,
+    ) -> None:
+        self.source = source
         self.executor = executor
         self.num_tokens = num_tokens
         self._matcher = matcher

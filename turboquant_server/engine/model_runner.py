@@ -27,6 +27,7 @@ from turboquant_server.engine.decode_graphs import DecodeGraphs
 from turboquant_server.engine.model_forward import ModelForward
 from turboquant_server.engine.pending_step import PendingStep, StepResult
 from turboquant_server.engine.prompt_scorer import PromptScorer
+from turboquant_server.engine.ranks import ALONE, Ranks
 from turboquant_server.engine.request import RequestFailedError
 from turboquant_server.engine.request_failure import request_failure
 from turboquant_server.engine.scheduler import ScheduledBatch, ScheduledRequest
@@ -54,6 +55,7 @@ class ModelRunner:
         is_paged: The model attends on the store; otherwise it gets the past as it gets it in transformers.
         compiled: Takes the place of the model's own forward.
         host_store: Where blocks go whose room in the store is needed, if they go anywhere.
+        ranks: Those that compute the same steps, each with its part of the model.
 
     Attributes:
         graphs: Run decode steps of this many requests or less, if there are any: see `capture_graphs`.
@@ -68,6 +70,7 @@ class ModelRunner:
         is_paged: bool,
         compiled: CompiledForward | None = None,
         host_store: HostStore | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.graphs: DecodeGraphs | None = None
         self._model = model
@@ -77,6 +80,7 @@ class ModelRunner:
         self._model_forward = ModelForward(model)
         self._compiled = compiled
         self._host_store = host_store
+        self._ranks = ranks
         self._buffers = DecodeBuffers(
             store.visibilities, store.timeline, store.num_slots, store.device, num_extra=2
         )
@@ -105,6 +109,8 @@ class ModelRunner:
         except Exception as error:  # whatever a model does that a graph cannot
             reason = str(error).partition("\n")[0]
             logger.warning("decode steps run without CUDA graphs: %s (%s)", reason, type(error).__name__)
+        if not self._ranks.smallest(self.graphs is not None):
+            self.graphs = None
 
     @torch.inference_mode()
     def launch(self, batch: ScheduledBatch) -> PendingStep:
@@ -117,10 +123,8 @@ class ModelRunner:
         """
         if self._host_store is not None:
             self._host_store.move(batch.moves)
-        drawn = [
-            *self._compute(batch.prefills, is_decode=False),
-            *self._compute(batch.decodes, is_decode=True),
-        ]
+        drawn = self._compute(batch.prefills, is_decode=False)
+        drawn += self._compute(batch.decodes, is_decode=True)
         results: list[tuple[ScheduledRequest, StepResult]] = []
         parts = [self._tokens.new_empty(0)]
         logprobs: list[Tensor] = []
@@ -137,7 +141,7 @@ class ModelRunner:
             for item in items:
                 first, num_tokens = num_tokens, num_tokens + len(item.choices)
                 results.append((item, range(first, num_tokens)))
-        all_tokens = torch.cat(parts)
+        all_tokens = self._ranks.take_first(torch.cat(parts))
         # Where logits had no token, the next step may compute with any.
         self._tokens = all_tokens.clamp(min=0)
         rows, prompt_rows = torch.cat(logprobs) if logprobs else None, self._prompt_scorer.take()
@@ -185,7 +189,8 @@ class ModelRunner:
         cache = PassThroughCache(self._model.config)
         with forward_context(PrefillAttention(self._store, self._store.plan_prefill(chunks))):
             has_past = chunks[0].start > 0
-            return self._run_model(inputs, wanted, cache, slots, has_past=has_past, prompts=prompts)[0]
+            logits = self._run_model(inputs, wanted, cache, slots, has_past=has_past, prompts=prompts)
+        return logits[0]
 
     def _forward_decode(self, scheduled: Sequence[ScheduledRequest]) -> Tensor:
         """Run the model on the newest token of each request, each in its own row."""
@@ -265,22 +270,18 @@ class ModelRunner:
         """Compute and draw; if requests fail together, each alone, so that only the culprit does."""
         if not scheduled:
             return []
-        logits = failure = None
+        logits = None
         # With states, prompts are forwards of their own, and states that have moved on cannot be tried again.
         if len(scheduled) == 1 or self._states is None or self._is_batched(is_decode):
             try:
                 logits = self.forward(scheduled, is_decode=is_decode)
             except Exception as error:
+                self._ranks.check_shared(error)
                 if len(scheduled) == 1:
-                    failure = request_failure(scheduled[0].request.request_id, error)
-                else:
-                    logger.warning(
-                        "a step of %d requests failed and is tried again", len(scheduled), exc_info=True
-                    )
+                    return [(scheduled, request_failure(scheduled[0].request.request_id, error))]
+                logger.warning("a step of %d failed; each is tried alone", len(scheduled), exc_info=True)
         if logits is not None:
             return self._sample(scheduled, logits)
-        if failure is not None:
-            return [(scheduled, failure)]
         # Computing the same tokens again leaves the same in the caches.
         return [drawn for item in scheduled for drawn in self._compute([item], is_decode=is_decode)]
 
@@ -290,10 +291,9 @@ class ModelRunner:
             drawn = self._token_drawer.draw(scheduled, logits, self._tokens, self._newest_step)
             return [(scheduled, drawn)]
         except Exception as error:
+            self._ranks.check_shared(error)
             if len(scheduled) == 1:
                 return [(scheduled, request_failure(scheduled[0].request.request_id, error))]
-            logger.warning(
-                "sampling for %d requests failed and is tried again", len(scheduled), exc_info=True
-            )
+            logger.warning("sampling for %d failed; each is tried alone", len(scheduled), exc_info=True)
         rows = zip(scheduled, logits, strict=True)
         return [drawn for item, row in rows for drawn in self._sample([item], row[None])]
