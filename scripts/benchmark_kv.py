@@ -33,8 +33,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from aligned_table import format_table
 from kv_runs import Run, RunCache, ServedCache, run_plain
 
+from turboquant_server.cache_config import SUPPORTED_BITS
 from turboquant_server.cache_plan import tokens_before_a_text
-from turboquant_server.config import SUPPORTED_BITS, ServerConfig
+from turboquant_server.config import ServerConfig
 from turboquant_server.engine.request import RequestFailedError
 from turboquant_server.load_error import ModelLoadError
 from turboquant_server.model_loader import LoadedModel, load_model

@@ -24,6 +24,7 @@ from turboquant_server.cache_usage import CacheUsage
 from turboquant_server.config import ServerConfig
 from turboquant_server.draining_server import CUT_OFF_SECONDS
 from turboquant_server.metrics import EngineState, Metrics
+from turboquant_server.metrics_text import render_metrics
 from turboquant_server.swap_space import SwapUsage
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -210,7 +211,7 @@ def served_labels() -> dict[str, dict[str, set[str]]]:
     state = EngineState(
         1, 1, 1, usage, swap, num_capacity_tokens=8, num_bf16_capacity_tokens=2, cache_config={}
     )
-    text = Metrics("a").render(state, with_aliases=False).decode()
+    text = render_metrics(Metrics("a").collect(state), with_aliases=False).decode()
     found: dict[str, dict[str, set[str]]] = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:

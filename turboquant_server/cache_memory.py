@@ -132,6 +132,36 @@ def open_manager(
     )
 
 
+def fit_context(config: ServerConfig, size: CacheSize, longest: int, max_model_len: int) -> int:
+    """Return how many tokens a request may have: those of the model, or fewer if the cache holds no more.
+
+    Args:
+        config: The flags.
+        size: Of the cache.
+        longest: Tokens of a request that it holds.
+        max_model_len: Those that the model was made for, or that --max-model-len asks for.
+
+    Raises:
+        ModelLoadError: It holds fewer than --max-model-len.
+    """
+    if longest >= max_model_len:
+        return max_model_len
+    room = format_bytes(size.num_bytes)
+    if config.max_model_len is not None:
+        smaller = "--kv-cache-dtype turboquant" if config.kv_cache_dtype == "bf16" else "fewer --bits"
+        raise ModelLoadError(
+            f"--max-model-len {max_model_len} does not fit: the cache of {room} holds {longest} tokens "
+            f"of a request; give {longest} or less, more memory, {smaller} or a smaller --max-num-seqs"
+        )
+    logger.warning(
+        "a request may have %s tokens, as many as the cache of %s holds; the model was made for %s",
+        f"{longest:,}",
+        room,
+        f"{max_model_len:,}",
+    )
+    return longest
+
+
 @torch.inference_mode()
 def _measure_scratch(
     config: ServerConfig,

@@ -105,10 +105,10 @@ def serve(config: ServerConfig) -> None:
         sys.setswitchinterval(SWITCH_INTERVAL)
         # Importing torch and transformers takes seconds; an unusable address should be told before.
         from turboquant_server.app import build_app
-        from turboquant_server.model_manager import ModelLoadError, ModelManager
+        from turboquant_server.model_manager import ModelManager
 
-        model_manager = ModelManager(config)
-        app = build_app(model_manager)
+        app = build_app(*(ModelManager(one) for one in config.of_models()))
+        models = app.state.models
         server = DrainingServer(
             uvicorn.Config(
                 app,
@@ -121,39 +121,34 @@ def serve(config: ServerConfig) -> None:
                 ssl_keyfile=config.ssl_keyfile,
             ),
             app.state.door,
-            model_manager,
+            models,
             config.shutdown_timeout,
         )
         failures: list[str] = []
 
         def load() -> None:
-            try:
-                model_manager.load()
-            except ModelLoadError as error:
-                failures.append(str(error))
-                server.should_exit = True
-            except Exception as error:
-                logger.exception("loading failed")
-                failures.append(
-                    f"loading the model failed with {type(error).__name__}; the log above has the details"
-                )
-                server.should_exit = True
+            failure = models.load_first()
+            if failure is None:
+                _print_start(models.managers, listener)
             else:
-                _print_start(model_manager, listener)
+                failures.append(failure)
+                server.should_exit = True
 
         loader = threading.Thread(target=load, name="load", daemon=True)
         try:
             loader.start()
             server.run(sockets=[listener])
         except KeyboardInterrupt:
-            if not model_manager.is_ready and not failures:
+            if models.is_changing and not failures:
                 # The interpreter cannot end in order while a thread is inside torch: it would abort.
                 os._exit(0)
             raise
         finally:
-            if model_manager.is_ready:
+            if models.has_started:
                 loader.join()
-                model_manager.unload()
+                for manager in models.managers:
+                    if manager.is_ready:
+                        manager.unload()
         if failures:
             raise StartError(failures[0])
 
@@ -200,10 +195,10 @@ def _bind(host: str, port: int) -> socket.socket:
         raise StartError(message) from error
 
 
-def _print_start(model_manager: ModelManager, listener: socket.socket) -> None:
-    """Print what was loaded, where it is served, and one command to try."""
+def _print_start(model_managers: Sequence[ModelManager], listener: socket.socket) -> None:
+    """Print what was loaded, what will be, where it is served, and one command to try."""
     host, port = listener.getsockname()[:2]
-    config = model_manager.config
+    config = model_managers[0].config
     if not ipaddress.ip_address(host).is_loopback and not config.api_key:
         logger.warning("listening on %s without --api-key: whoever reaches this port may use the model", host)
     if ipaddress.ip_address(host).is_unspecified:
@@ -213,5 +208,11 @@ def _print_start(model_manager: ModelManager, listener: socket.socket) -> None:
     messages = [{"role": "user", "content": EXAMPLE_QUESTION}]
     key = "-H 'Authorization: Bearer KEY' " if config.api_key else ""
     command = f"curl {url}/v1/chat/completions {key}-H 'Content-Type: application/json' -d "
-    print(f"\n{model_manager.startup_report()}\n\nServing on {url}\n")
+    for manager in model_managers:
+        if manager.is_ready:
+            print(f"\n{manager.startup_report()}")
+    later = [" ".join(manager.model_names) for manager in model_managers if not manager.is_ready]
+    if later:
+        print(f"\nLoaded when a request comes: {', '.join(later)}")
+    print(f"\nServing on {url}\n")
     print(command + shlex.quote(json.dumps({"messages": messages, "max_tokens": 32})), flush=True)

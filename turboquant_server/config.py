@@ -1,6 +1,7 @@
 """What a server can be told: flags, then TURBOQUANT_* variables, then a YAML file, then the defaults below.
 
-The settings of the HTTP side are in door_config.py.
+Those of the KV cache are in cache_config.py, of the HTTP side in door_config.py, and of models that come and
+go in life_config.py.
 """
 
 from __future__ import annotations
@@ -9,15 +10,16 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
+from turboquant_server.cache_config import CacheConfig
 from turboquant_server.config_file import ConfigFileSource
 from turboquant_server.door_config import DoorConfig, Text
+from turboquant_server.life_config import LifeConfig, split_models
 
 ENV_PREFIX = "TURBOQUANT_"
-SUPPORTED_BITS = (2, 3, 4, 8)
 BITS = ("bits", "kv_bits", "kv_budget_bits")
 # Of these, one may be given.
 CHOICES = (
@@ -91,102 +93,6 @@ class ModelConfig(BaseModel):
         return tuple(names.split()) if isinstance(names, str) else names
 
 
-class CacheConfig(BaseModel):
-    """Say how the KV cache is kept and what it may take."""
-
-    kv_cache_dtype: Literal["turboquant", "bf16"] = Field(
-        "turboquant",
-        description="turboquant compresses the KV cache; bf16 does not: the same server with 16 bits per "
-        "number, to compare with",
-    )
-    bits: int = Field(4, description="bits per stored number of the compressed KV cache: 2, 3, 4 or 8")
-    kv_bits: Annotated[tuple[int, int] | None, NoDecode] = Field(
-        None, description="bits of keys and of values apart, such as 4,3 (default: --bits for both)"
-    )
-    kv_budget_bits: float | None = Field(
-        None,
-        gt=0,
-        allow_inf_nan=False,
-        description="average bits per number, norms and means included, such as 3.5; each layer gets the "
-        "bits that it needs (default: --bits for all)",
-    )
-    kv_cache_memory: int | None = Field(
-        None,
-        gt=0,
-        description="bytes of the cache, on each GPU, such as 10GiB or 10GB, in place of "
-        "--gpu-memory-utilization and --vram-limit (default: what those leave)",
-    )
-    gpu_memory_utilization: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        allow_inf_nan=False,
-        description="share of the GPU's memory that weights, cache and scratch may take; on a CPU, share of "
-        "what is available beside the weights (default: 0.9; on a CPU 0.5)",
-    )
-    vram_limit: int | None = Field(
-        None,
-        gt=0,
-        description="most bytes of a GPU that weights, cache and scratch take, such as 10GiB or 10GB; "
-        "does nothing on a CPU (default: no limit)",
-    )
-    enable_prefix_caching: bool = Field(
-        True, description="let prompts that begin alike share what was read of them"
-    )
-    fidelity_sample_rate: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        allow_inf_nan=False,
-        description="share of the answers, such as 0.01, that are compared with what the model predicts "
-        "without compression, while there is nothing else to do (default: none); see fidelity_* in /metrics",
-    )
-    swap_space: int | None = Field(
-        None,
-        ge=0,
-        description="bytes of host memory, such as 16GiB, for what was read of prompts and has no room left "
-        "on the GPU; copied back, it need not be read again (default: none)",
-    )
-
-    @field_validator("bits")
-    @classmethod
-    def _check_bits(cls, bits: int) -> int:
-        if bits not in SUPPORTED_BITS:
-            raise PydanticCustomError("unsupported_bits", "Input should be 2, 3, 4 or 8")
-        return bits
-
-    @field_validator("kv_bits", mode="before")
-    @classmethod
-    def _split_bits(cls, bits: Any) -> Any:
-        if bits is None:
-            return None
-        parts = bits.split(",") if isinstance(bits, str) else bits
-        if (
-            not isinstance(parts, (list, tuple))
-            or len(parts) != 2
-            or any(str(part).strip() not in map(str, SUPPORTED_BITS) for part in parts)
-        ):
-            raise PydanticCustomError(
-                "unsupported_bits", "Input should be two of 2, 3, 4 and 8 with a comma between them"
-            )
-        return tuple(int(part) for part in parts)
-
-    @field_validator("vram_limit", "kv_cache_memory", "swap_space", mode="before")
-    @classmethod
-    def _parse_size(cls, size: Any) -> Any:
-        if not isinstance(size, str):
-            return size
-        match = re.fullmatch(r"(\d+)(?:([KMGT])(i?)B)?", size.strip(), re.IGNORECASE)
-        if match is None:
-            raise PydanticCustomError(
-                "no_size",
-                "Input should be a number of bytes, or of a unit from KiB to TiB or KB to TB, such as 10GiB",
-            )
-        number, prefix, binary = match.groups()
-        power = "KMGT".index(prefix.upper()) + 1 if prefix else 0
-        return int(number) * (1024 if binary else 1000) ** power
-
-
 class StepConfig(BaseModel):
     """Say how much is worked on at a time."""
 
@@ -226,16 +132,47 @@ class StepConfig(BaseModel):
         return int(match[1]) * (1024 if match[2] else 1)
 
 
+class ModelSettings(ModelConfig, CacheConfig, StepConfig):
+    """Hold what one of several models may be told."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="after")
+    def _check_choices(self) -> ModelSettings:
+        chosen = [self._chosen(names) for names in CHOICES]
+        if self.kv_cache_dtype == "bf16":
+            chosen.append([*self._chosen(BITS), "--kv-cache-dtype bf16"])
+            if self.fidelity_sample_rate:
+                chosen.append(["--fidelity-sample-rate", "--kv-cache-dtype bf16"])
+        for flags in chosen:
+            if len(flags) > 1:
+                raise PydanticCustomError(
+                    "two_choices", "choose one of {flags}", {"flags": " and ".join(flags)}
+                )
+        if self.swap_space and not self.enable_prefix_caching:
+            raise PydanticCustomError(
+                "needs_prefixes",
+                "--swap-space holds prompts that begin alike and needs --enable-prefix-caching",
+            )
+        return self
+
+    def _chosen(self, names: Sequence[str]) -> list[str]:
+        """Return the flags of fields that were given a value, be it the default."""
+        given = [name for name in names if name in self.model_fields_set]
+        return [flag(name) for name in given if getattr(self, name) is not None]
+
+
 # The flags of each stand together in --help.
 GROUPS: dict[str, type[BaseModel]] = {
     "model": ModelConfig,
+    "several models, idle models": LifeConfig,
     "KV cache": CacheConfig,
     "requests and steps": StepConfig,
     "HTTP": DoorConfig,
 }
 
 
-class ServerConfig(ModelConfig, CacheConfig, StepConfig, DoorConfig, BaseSettings):
+class ServerConfig(ModelSettings, LifeConfig, DoorConfig, BaseSettings):
     """Hold every setting of one server.
 
     Each field is the flag ``--name``, the variable ``TURBOQUANT_NAME`` and the key ``name`` of the file that
@@ -268,25 +205,19 @@ class ServerConfig(ModelConfig, CacheConfig, StepConfig, DoorConfig, BaseSetting
         return init_settings, env_settings, ConfigFileSource(settings_cls)
 
     @model_validator(mode="after")
-    def _check_choices(self) -> ServerConfig:
-        chosen = [self._chosen(names) for names in CHOICES]
-        if self.kv_cache_dtype == "bf16":
-            chosen.append([*self._chosen(BITS), "--kv-cache-dtype bf16"])
-            if self.fidelity_sample_rate:
-                chosen.append(["--fidelity-sample-rate", "--kv-cache-dtype bf16"])
-        for flags in chosen:
-            if len(flags) > 1:
-                raise PydanticCustomError(
-                    "two_choices", "choose one of {flags}", {"flags": " and ".join(flags)}
-                )
-        if self.swap_space and not self.enable_prefix_caching:
+    def _check_models(self) -> ServerConfig:
+        configs = self.of_models()
+        if (self.models or self.idle_unload) and any(one.tensor_parallel_size > 1 for one in configs):
             raise PydanticCustomError(
-                "needs_prefixes",
-                "--swap-space holds prompts that begin alike and needs --enable-prefix-caching",
+                "ranks_stay",
+                "--tensor-parallel-size is for one model that stays; leave out --models and --idle-unload",
             )
         return self
 
-    def _chosen(self, names: Sequence[str]) -> list[str]:
-        """Return the flags of fields that were given a value, be it the default."""
-        given = [name for name in names if name in self.model_fields_set]
-        return [flag(name) for name in given if getattr(self, name) is not None]
+    def of_models(self) -> list[ServerConfig]:
+        """Return the configuration of each model: what its entry of ``models`` says, else what is said here.
+
+        Raises:
+            PydanticCustomError: An entry says something wrong.
+        """
+        return split_models(self, ModelSettings) if self.models else [self]

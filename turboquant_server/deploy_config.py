@@ -8,9 +8,12 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from turboquant_server.config import ServerConfig
+from turboquant_server.life_config import LifeConfig
 
 # What Serve's proxy decides.
 LISTENING = ("host", "port", "ssl_certfile", "ssl_keyfile")
+# A replica keeps the model that it was started with.
+LIFE = (*LifeConfig.model_fields, "admin_key")
 
 
 class DeployConfig(ServerConfig):
@@ -31,6 +34,10 @@ class DeployConfig(ServerConfig):
         for name in LISTENING:
             if name in self.model_fields_set and getattr(self, name) is not None:
                 message = "{name} is not for replicas: Ray Serve listens (serve start --http-port)"
+                raise PydanticCustomError("not_here", message, {"name": name})
+        for name in LIFE:
+            if name in self.model_fields_set:
+                message = "{name} is not for replicas: each keeps its one model"
                 raise PydanticCustomError("not_here", message, {"name": name})
         if self.max_replicas is not None and self.max_replicas < self.num_replicas:
             raise PydanticCustomError("too_few", "max_replicas must not be less than num_replicas")

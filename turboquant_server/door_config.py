@@ -24,6 +24,12 @@ class DoorConfig(BaseModel):
         "ask for it; better given by the variable or the file, because others see a command line "
         "(default: none)",
     )
+    admin_key: Annotated[tuple[Text, ...], NoDecode] = Field(
+        (),
+        repr=False,
+        description="one or more keys that may load and unload models at POST /v1/models/load and "
+        "/v1/models/unload, and do what --api-key may (default: none, and nobody may)",
+    )
     public_metrics: bool = Field(False, description="serve /metrics without a key, too")
     ui: bool = Field(True, description="serve a page at /, to chat with the model and watch the server")
     allowed_origins: Annotated[tuple[Text, ...], NoDecode] = Field(
@@ -45,8 +51,8 @@ class DoorConfig(BaseModel):
         None,
         gt=0,
         allow_inf_nan=False,
-        description="most seconds from a request's arrival to the end of its answer; then it ends with an "
-        "error (default: no limit)",
+        description="most seconds from a request's arrival to the end of its answer, without the loading of "
+        "its model; then it ends with an error (default: no limit)",
     )
     sse_keep_alive_interval: float = Field(
         15,
@@ -70,7 +76,7 @@ class DoorConfig(BaseModel):
         False, description="give metrics vLLM's names, too: vllm:... beside turboquant:..."
     )
 
-    @field_validator("api_key", "allowed_origins", mode="before")
+    @field_validator("api_key", "admin_key", "allowed_origins", mode="before")
     @classmethod
     def _split_list(cls, items: Any) -> Any:
         """Take texts apart at commas and spaces, or as JSON, and refuse what would leave none.

@@ -13,7 +13,7 @@ import uvicorn
 
 if TYPE_CHECKING:
     from turboquant_server.api.door import Door
-    from turboquant_server.model_manager import ModelManager
+    from turboquant_server.model_life import Models
 
 CUT_OFF_SECONDS = 5  # for the last words of what is cut off
 
@@ -28,16 +28,14 @@ class DrainingServer(uvicorn.Server):
     Args:
         config: uvicorn's.
         door: Of the application.
-        model_manager: Its engine ends the requests that are cut off.
+        models: Their engines end the requests that are cut off.
         timeout: Seconds from the first signal to the cut.
     """
 
-    def __init__(
-        self, config: uvicorn.Config, door: Door, model_manager: ModelManager, timeout: float
-    ) -> None:
+    def __init__(self, config: uvicorn.Config, door: Door, models: Models, timeout: float) -> None:
         super().__init__(config)
         self._door = door
-        self._model_manager = model_manager
+        self._models = models
         self._timeout = timeout
         self._signal: int | None = None
         self._cut_time = math.inf
@@ -52,10 +50,13 @@ class DrainingServer(uvicorn.Server):
             self._cut_time = 0.0
 
     async def on_tick(self, counter: int) -> bool:
-        """Look ten times a second whether it is time to end."""
-        if self._signal is not None:
+        """Look ten times a second whether it is time to end, or to unload a model."""
+        if self._signal is None:
+            self._models.unload_idle()
+        else:
             is_cut_off = time.monotonic() >= self._cut_time
             if is_cut_off:
+                self._models.send_away()
                 threading.Thread(target=self._cut_off, name="cut off", daemon=True).start()
             if is_cut_off or not self._door.num_inside:
                 super().handle_exit(self._signal, None)
@@ -66,8 +67,9 @@ class DrainingServer(uvicorn.Server):
         timer = threading.Timer(2 * CUT_OFF_SECONDS, _kill)
         timer.daemon = True
         timer.start()
-        if self._model_manager.is_ready:
-            self._model_manager.engine.shutdown()
+        for manager in self._models.managers:
+            if manager.is_ready:
+                manager.engine.shutdown()
 
 
 def _kill() -> None:

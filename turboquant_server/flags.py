@@ -16,7 +16,7 @@ from turboquant_server.config import ENV_PREFIX, GROUPS, ServerConfig, flag
 from turboquant_server.config_file import ALIASES, ConfigFileError, did_you_mean
 
 PROGRAM = "turboquant-server"
-SECRETS = ("api_key",)
+SECRETS = ("api_key", "admin_key")
 
 logger = logging.getLogger(__name__)
 

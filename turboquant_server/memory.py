@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import torch
@@ -48,3 +49,10 @@ def available_bytes() -> int:
     if limit.exists() and limit.read_text().strip() != "max":
         return min(available, max(0, int(limit.read_text()) - int(used.read_text())))
     return available
+
+
+def free_memory() -> None:
+    """Give the memory of what is no longer used back to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

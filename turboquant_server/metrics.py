@@ -7,13 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from turboquant_server.engine.observer import Observer
 from turboquant_server.engine.request import RequestOutput, RequestTimeoutError
-from turboquant_server.fidelity_metrics import FIDELITY_NAMES, describe_fidelity
-from turboquant_server.metric_families import Families, renamed
+from turboquant_server.fidelity_metrics import describe_fidelity
 
 if TYPE_CHECKING:
     from turboquant_server.cache_usage import CacheUsage
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from turboquant_server.swap_space import SwapUsage
 
 PREFIX = "turboquant:"
-ALIAS_PREFIX = "vllm:"
 LABELS = ("model_name", "engine")
 OWN_NAMES = (
     *("kv_bytes_compressed", "kv_bytes_bf16_equivalent", "kv_bits_per_value", "kv_residual_tokens"),
@@ -183,19 +181,13 @@ class Metrics(Observer):
         """Count a request for which there was no room in the queue."""
         self._queue_full.inc()
 
-    def render(self, state: EngineState | None, *, with_aliases: bool) -> bytes:
-        """Return all metrics in Prometheus' text format 0.0.4.
+    def collect(self, state: EngineState | None) -> list[Metric]:
+        """Return all metrics.
 
         Args:
-            state: Of the engine, once there is one.
-            with_aliases: Repeat each metric that vLLM has under its name there.
+            state: Of the engine, while there is one.
         """
-        families = [*self._registry.collect(), *(self._describe(state) if state else ())]
-        shown = [renamed(family, PREFIX, PREFIX) for family in families]
-        if with_aliases:
-            own = {PREFIX + name for name in (*OWN_NAMES, *FIDELITY_NAMES)}
-            shown += [renamed(family, PREFIX, ALIAS_PREFIX) for family in families if family.name not in own]
-        return generate_latest(Families(shown))
+        return [*self._registry.collect(), *(self._describe(state) if state else ())]
 
     def _describe(self, state: EngineState) -> Iterator[Metric]:
         usage = state.usage

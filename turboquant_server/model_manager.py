@@ -1,10 +1,11 @@
-"""The one model of a server, from loading to unloading: its engine, and a cache for each request."""
+"""A model of a server, from loading to unloading: its engine, and a cache for each request."""
 
 from __future__ import annotations
 
 import copy
 import gc
 import logging
+import threading
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,9 +14,9 @@ import torch
 
 from turboquant_core import BLOCK_SIZE, RequestCache, use_paged_attention, use_plain_attention
 from turboquant_server.attention_check import UnsupportedModelError, find_attention
-from turboquant_server.cache_memory import build_store, open_manager, size_cache
+from turboquant_server.cache_memory import build_store, fit_context, open_manager, size_cache
 from turboquant_server.cache_plan import plan_cache
-from turboquant_server.cache_size import TIMELINE, format_bytes
+from turboquant_server.cache_size import TIMELINE
 from turboquant_server.cache_usage import measure_usage
 from turboquant_server.engine.async_engine import AsyncEngine
 from turboquant_server.engine.compiled_forward import compile_forward
@@ -27,12 +28,14 @@ from turboquant_server.engine.ranks import ALONE, Ranks
 from turboquant_server.engine.scheduler import Scheduler
 from turboquant_server.fidelity_check import build_fidelity, measure_range, size_exact_cache
 from turboquant_server.load_error import ModelLoadError
+from turboquant_server.memory import free_memory
 from turboquant_server.metrics import EngineState, Metrics
 from turboquant_server.model_loader import LoadedModel, find_eos_token_ids, load_model
 from turboquant_server.parsing.chat_format import ChatFormat
 from turboquant_server.startup_report import format_report
 from turboquant_server.swap_space import build_host_store, count_host_blocks, describe_swap, measure_swap
 from turboquant_server.tensor_parallel import check_devices, rank_device
+from turboquant_server.warm_up import queue_warm_up
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -47,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 
 class ModelManager:
-    """Own the model, its tokenizer and its engine, from load() to unload().
+    """Own the model, its tokenizer and its engine, from load() to unload(), which may come again and again.
 
     Args:
         config: Which model, and how.
@@ -56,7 +59,8 @@ class ModelManager:
     Attributes:
         model_names: What clients may call the model; the first is its own name.
         created: When this server was made, in Unix seconds.
-        is_ready: load() has succeeded and unload() was not called; only then the other properties exist.
+        is_ready: load() has succeeded, and unload() was not called since; only then there are the other
+            properties.
         metrics: Of all requests, from the beginning.
     """
 
@@ -68,6 +72,8 @@ class ModelManager:
         self._config = config
         self._ranks = ranks or ALONE
         self._followers: Followers | None = None
+        self._leaving = threading.Lock()  # nobody looks at the engine while it goes
+        self._num_preemptions = 0  # of engines that have gone
 
     def load(self, loaded: LoadedModel | None = None) -> None:
         """Load the model, try it out with a paged cache, and start the engine.
@@ -81,14 +87,14 @@ class ModelManager:
         """
         started = time.monotonic()
         size = self._config.tensor_parallel_size
-        if size > self._ranks.size:
-            check_devices(self._config)
-            self._followers = Followers(size, rank_device(self._config.device, 0), self._config)
-            self._ranks = self._followers.ranks
         try:
+            if size > self._ranks.size:
+                check_devices(self._config)
+                self._followers = Followers(size, rank_device(self._config.device, 0), self._config)
+                self._ranks = self._followers.ranks
             self._load(loaded)
         except BaseException:
-            self._end_followers()
+            self._forget()
             raise
         self._load_seconds = time.monotonic() - started
         self.is_ready = True
@@ -130,7 +136,9 @@ class ModelManager:
                 caches_prefixes=self._config.enable_prefix_caching,
                 num_host_blocks=num_host_blocks,
             )
-            self.max_model_len = self._fit(source, max_model_len)
+            self.max_model_len = fit_context(
+                self._config, self._cache_size, self._cache_manager.max_tokens, max_model_len
+            )
             store, states = build_store(attention, layers, self._cache_size, model.dtype, model.device)
             self._fidelity = build_fidelity(self._config, model, attention, exact_size)
             host_store = build_host_store(store, num_host_blocks)
@@ -180,35 +188,13 @@ class ModelManager:
         )
         if self._fidelity is not None:
             measure_range(engine, self._fidelity, model, tokenizer)
+        elif self._ranks.size == 1:  # others would not know of it
+            queue_warm_up(engine)
         self.engine = AsyncEngine(engine, self.metrics, self._config.request_timeout, self._followers)
         if self._ranks.rank == 0:
             self.engine.start()
-
-    def _fit(self, source: str, max_model_len: int) -> int:
-        """Return how many tokens of a request the cache holds, if that is less than the model was made for.
-
-        Raises:
-            ModelLoadError: It is less than --max-model-len.
-        """
-        longest = self._cache_manager.max_tokens
-        if longest >= max_model_len:
-            return max_model_len
-        room = format_bytes(self._cache_size.num_bytes)
-        if self._config.max_model_len is not None:
-            is_exact = self._cache_plan.exact_dtype is not None
-            smaller = "--kv-cache-dtype turboquant" if is_exact else "fewer --bits"
-            raise ModelLoadError(
-                f"--max-model-len {max_model_len} does not fit: the cache of {room} holds {longest} tokens "
-                f"of a request; give {longest} or less, more memory, {smaller} or a smaller --max-num-seqs"
-            )
-        logger.warning(
-            "a request may have %s tokens, as many as the cache of %s holds; %s was made for %s",
-            f"{longest:,}",
-            room,
-            source,
-            f"{max_model_len:,}",
-        )
-        return longest
+        while engine.has_unfinished_requests and self.engine.is_alive:  # warming up
+            time.sleep(0.001)
 
     def open_cache(
         self, token_ids: Sequence[int], num_prompt_tokens: int, salt: bytes = b""
@@ -234,13 +220,15 @@ class ModelManager:
 
     def engine_state(self) -> EngineState | None:
         """Return what /metrics tells of the engine; None if it is not ready."""
-        if not self.is_ready:
-            return None
+        with self._leaving:
+            return self._engine_state() if self.is_ready else None
+
+    def _engine_state(self) -> EngineState:
         size, engine, manager = self._cache_size, self.engine, self._cache_manager
         return EngineState(
             num_running=engine.num_running,
             num_waiting=engine.num_waiting,
-            num_preemptions=engine.num_preemptions,
+            num_preemptions=self._num_preemptions + engine.num_preemptions,
             usage=measure_usage(size, manager, engine.running, self._ranks.size),
             swap=measure_swap(manager),
             num_capacity_tokens=size.num_tokens,
@@ -265,17 +253,22 @@ class ModelManager:
 
     def unload(self) -> None:
         """Stop the engine and release the model's memory; requests in flight get EngineDeadError."""
-        self.is_ready = False
+        with self._leaving:
+            self.is_ready = False
+            self._num_preemptions += self.engine.num_preemptions
         self.engine.shutdown()
-        del self.engine, self.grammars, self._model, self.tokenizer, self._cache_manager, self._cache_plan
-        del self._fidelity
-        gc.collect()
-        self._end_followers()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        self._forget()
+        free_memory()
 
-    def _end_followers(self) -> None:
+    def _forget(self) -> None:
+        """Drop what load() has made, be it all or a part.
+
+        The tokenizer stays: answers that the engine has finished may still be read.
+        """
+        for name in ("engine", "grammars", "_model", "_cache_manager", "_cache_plan", "_fidelity"):
+            self.__dict__.pop(name, None)
         if self._followers is not None:
+            gc.collect()
             self._followers.end()
             self._ranks, self._followers = ALONE, None
 

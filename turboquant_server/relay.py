@@ -18,7 +18,7 @@ from turboquant_server.api.errors import ApiError, unavailable
 from turboquant_server.api.messages_error import is_messages_path, to_messages_error
 from turboquant_server.api.request_id import HEADER, choose_request_id, current_request_id
 from turboquant_server.app import MAX_BODY_BYTES
-from turboquant_server.metric_families import merge_metrics
+from turboquant_server.metrics_text import merge_metrics
 
 RESPONSES = "/v1/responses"
 

@@ -154,6 +154,12 @@ def save_model(
 
 
 @pytest.fixture(scope="session")
+def two_models(tiny_model_dir: Path, save_model: Callable[..., Path]) -> list[dict[str, Any]]:
+    """Name two models, one with twice the context of the other."""
+    return [{"name": "a", "model": str(tiny_model_dir)}, {"name": "b", "model": str(save_model("llama"))}]
+
+
+@pytest.fixture(scope="session")
 def server(tiny_model_dir: Path) -> Iterator[RunningServer]:
     """Serve the tiny model, as ``turboquant-server`` would."""
     config = ServerConfig(

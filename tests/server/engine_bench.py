@@ -108,7 +108,7 @@ class Parts:
         bits: int | None,
         max_num_batched_tokens: int,
         caches_prefixes: bool,
-        num_host_blocks: int,
+        num_host_blocks: int = 0,
     ) -> None:
         counts = [num_blocks] * len(attention.groups)
         self.store = PagedStore(

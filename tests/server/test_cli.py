@@ -267,7 +267,7 @@ def test_an_open_door_is_warned_of(
     manager = ModelManager(ServerConfig(host=host, **settings))
     monkeypatch.setattr(manager, "startup_report", lambda: "report")
     with socket.create_server((host, 0)) as listener:
-        cli._print_start(manager, listener)
+        cli._print_start([manager], listener)
     assert ["without --api-key" in message for message in caplog.messages] == [True] * is_warned
     assert "Serving on http://127.0.0.1:" in capsys.readouterr().out
 

@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from turboquant_core import config as core_config
-from turboquant_server import config as server_config
+from turboquant_server import cache_config, config
 from turboquant_server.config import ServerConfig
 
 pytestmark = pytest.mark.usefixtures("no_variables")
@@ -317,7 +317,7 @@ def test_a_key_is_not_shown_with_the_other_settings() -> None:
 
 
 def test_every_setting_but_the_file_is_in_one_group() -> None:
-    names = [name for group in server_config.GROUPS.values() for name in group.model_fields]
+    names = [name for group in config.GROUPS.values() for name in group.model_fields]
     assert sorted([*names, "config"]) == sorted(ServerConfig.model_fields)
 
 
@@ -327,4 +327,4 @@ def test_a_config_does_not_change() -> None:
 
 
 def test_the_bits_are_those_of_the_cache() -> None:
-    assert server_config.SUPPORTED_BITS == core_config.SUPPORTED_BITS
+    assert cache_config.SUPPORTED_BITS == core_config.SUPPORTED_BITS

@@ -63,3 +63,13 @@ def test_each_replica_gets_the_same_configuration() -> None:
 def test_what_replicas_cannot_have_is_refused(arguments: dict[str, str], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         parse(**arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"models": "a=x"}, {"idle_unload": "1m"}, {"max_loaded_models": 2}, {"admin_key": "k"}],
+    ids=str,
+)
+def test_replicas_keep_their_one_model(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=f"{next(iter(arguments))} is not for replicas"):
+        parse(**arguments)

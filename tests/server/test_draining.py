@@ -117,7 +117,7 @@ def drain(
             monkeypatch.setattr(manager.engine._engine, "step", slow_step)
             app = build_app(manager)
             config = uvicorn.Config(app, log_config=None, lifespan="off", timeout_graceful_shutdown=5)
-            server = DrainingServer(config, app.state.door, manager, timeout)
+            server = DrainingServer(config, app.state.door, app.state.models, timeout)
             thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
             thread.start()
             url = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -186,7 +186,7 @@ def test_a_step_that_hangs_does_not_keep_the_process(
 ) -> None:
     monkeypatch.setattr(draining_server, "CUT_OFF_SECONDS", 0.1)
     with drain(0) as draining:
-        engine = draining.server._model_manager.engine
+        engine = draining.server._models.managers[0].engine
         monkeypatch.setattr(engine, "shutdown", lambda: time.sleep(0.5))
         with draining.stream(100) as events:
             next(events)

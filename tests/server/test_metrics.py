@@ -18,7 +18,8 @@ from scrape import Scrape
 from turboquant_server.cache_size import TIMELINE
 from turboquant_server.engine.request import FinishReason, RequestFailedError, RequestOutput
 from turboquant_server.engine.sampling_params import SamplingParams
-from turboquant_server.metrics import ALIAS_PREFIX, END_REASONS, OWN_NAMES, PREFIX, Metrics
+from turboquant_server.metrics import END_REASONS, OWN_NAMES, PREFIX, Metrics
+from turboquant_server.metrics_text import ALIAS_PREFIX, render_metrics
 
 pytestmark = pytest.mark.usefixtures("no_variables")
 
@@ -262,7 +263,7 @@ def test_every_choice_ends_once_however_it_ends() -> None:
         metrics.left("r", failure)
         metrics.stepped([output(1)])  # too late
         metrics.started("r", 0.0)
-        scraped = Scrape(metrics.render(None, with_aliases=False).decode())
+        scraped = Scrape(render_metrics(metrics.collect(None), with_aliases=False).decode())
         ends = {name: scraped[f"request_success_total{{{name}}}"] for name in END_REASONS}
         assert ends == {**dict.fromkeys(END_REASONS, 0), "stop": 1, reason: 2}
         assert scraped["generation_tokens_total"] == 2
@@ -275,7 +276,7 @@ def test_progress_of_a_prompt_is_no_token() -> None:
         metrics.stepped([RequestOutput("r", "", [], 5, 0, None, num_computed_tokens=num_read)])
     assert metrics._records["r"].first_token is None
     metrics.stepped([output(0)])
-    scraped = Scrape(metrics.render(None, with_aliases=False).decode())
+    scraped = Scrape(render_metrics(metrics.collect(None), with_aliases=False).decode())
     assert (scraped["prompt_tokens_total"], scraped["generation_tokens_total"]) == (5, 1)
     assert scraped["inter_token_latency_seconds_count"] == 0
 

@@ -116,7 +116,7 @@ def test_the_server_gives_every_metric_that_the_page_reads(http: httpx.Client) -
 
 def test_the_pages_ask_for_paths_that_exist(http: httpx.Client) -> None:
     paths = {path for page in PAGES for path in re.findall(r'(?:call|fetch)\("(.+?)"', script(page))}
-    assert paths == {"metrics", "v1/chat/completions", "openapi.json"}
+    assert paths == {"metrics", "health", "v1/chat/completions", "openapi.json"}
     assert all(http.get(f"/{path}").status_code in (200, 405) for path in paths)
 
 

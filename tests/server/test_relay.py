@@ -19,6 +19,7 @@ from starlette.types import Message, Scope
 
 from turboquant_server.app import MAX_BODY_BYTES
 from turboquant_server.metrics import Metrics
+from turboquant_server.metrics_text import render_metrics
 from turboquant_server.relay import Relay, ReplicaLostError
 
 JSON_TYPE, STREAM_TYPE = b"application/json", b"text/event-stream; charset=utf-8"
@@ -152,7 +153,7 @@ def metrics_of(num_refused: int) -> list[Message]:
     metrics = Metrics("m")
     for _ in range(num_refused):
         metrics.refused()
-    text = metrics.render(None, with_aliases=True)
+    text = render_metrics(metrics.collect(None), with_aliases=True)
     start = begin(b"text/plain; version=0.0.4")
     return [
         {**start, "headers": [*start["headers"], (b"content-length", str(len(text)).encode())]},

@@ -37,6 +37,20 @@ class ApiKeys:
         return None
 
 
+class AdminKeys(ApiKeys):
+    """Let in who sends a key of those who run the server; if there are none, nobody is let in."""
+
+    def check(self, headers: Sequence[tuple[bytes, bytes]]) -> ApiError | None:
+        """Return why a request is not let in: it has no key (401), or one that is not enough (403)."""
+        if not self._digests:
+            message = "Models cannot be loaded or unloaded by request: this server has no --admin-key."
+            return ApiError(403, message, code="no_admin_key")
+        error = super().check(headers)
+        if error is not None and _find_key(dict(headers)) is not None:
+            return ApiError(403, "This needs an admin key, which your key is not.", code="no_admin_key")
+        return error
+
+
 def _find_key(headers: dict[bytes, bytes]) -> bytes | None:
     scheme, _, key = headers.get(b"authorization", b"").strip().partition(b" ")
     return key.strip() if scheme.lower() == b"bearer" and key.strip() else headers.get(b"x-api-key")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from turboquant_server.api.api_keys import ApiKeys
+from turboquant_server.api.api_keys import AdminKeys, ApiKeys
 from turboquant_server.api.errors import ApiError, unavailable
 from turboquant_server.api.page import CHAT_PAGE, DOCS_PAGE
 from turboquant_server.api.request_id import HEADER, choose_request_id, current_request_id
@@ -33,7 +34,8 @@ class Door:
     def __init__(self, config: DoorConfig) -> None:
         self.is_closing = False
         self.num_inside = 0
-        self._keys = ApiKeys(config.api_key)
+        self._keys = ApiKeys([*config.api_key, *config.admin_key] if config.api_key else ())
+        self._admin_keys = AdminKeys(config.admin_key)
         self._public_paths = {HEALTH, DOCS_PAGE}
         if config.public_metrics:
             self._public_paths.add(METRICS)
@@ -47,6 +49,16 @@ class Door:
         if error is None and self.is_closing and path != METRICS:
             return unavailable("The server is shutting down.", "shutting_down", {"Connection": "close"})
         return error
+
+    def check_admin(self, headers: Sequence[tuple[bytes, bytes]]) -> None:
+        """Check that a request that is inside has an admin key.
+
+        Raises:
+            ApiError: It has none (401), or another key, or there is no admin key (403).
+        """
+        error = self._admin_keys.check(headers)
+        if error is not None:
+            raise error
 
 
 class DoorMiddleware:

@@ -240,13 +240,21 @@ class Completion(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """One name under which the model is served."""
+    """One name under which a model is served.
+
+    Attributes:
+        max_model_len: None before the model has been loaded, unless it was told.
+        state: Whether it is in memory; a request loads one that is unloaded, and waits.
+        error: Why loading it failed.
+    """
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "turboquant-server"
-    max_model_len: int
+    max_model_len: int | None
+    state: Literal["loaded", "loading", "unloaded", "failed"]
+    error: str | None = Field(default=None, exclude_if=_is_none)
 
     # Anthropic's
     type: Literal["model"] = "model"
