@@ -20,7 +20,7 @@ from turboquant_server.engine.fidelity import NUM_JUDGED, Fidelity, FidelityRang
 NUM_TOP = 4
 
 
-@settings(deadline=None)
+@settings(deadline=None, derandomize=True)
 @given(st.integers(0, 2**32 - 1), st.integers(5, 60), st.floats(0.01, 30), st.floats(0, 3))
 def test_it_is_at_most_that_of_the_full_distributions(
     seed: int, vocab_size: int, spread: float, noise: float
@@ -34,10 +34,11 @@ def test_it_is_at_most_that_of_the_full_distributions(
     full = float((exact.exp() * (exact - served)).sum())
     coarse = 0.0
     for p, q, top in zip(exact.exp().numpy(), served.exp().numpy(), token_ids.tolist(), strict=True):
-        parts = [(p[top], q[top]), (np.delete(p, top).sum(), np.delete(q, top).sum())]
+        # What is left of 1 in float32 is no less than its rounding.
+        parts = [(p[top], q[top]), *[[max(np.delete(part, top).sum(), 1e-7) for part in (p, q)]]]
         p, q = (np.append(*part) for part in zip(*parts, strict=True))
-        coarse += float((p * np.log(np.maximum(p, 1e-300) / np.maximum(q, 1e-300))).sum())
-    assert found.total_kld == pytest.approx(coarse, rel=1e-6, abs=7e-5)
+        coarse += max(0.0, float((p * np.log(np.maximum(p, 1e-300) / np.maximum(q, 1e-300))).sum()))
+    assert found.total_kld == pytest.approx(coarse, rel=1e-6, abs=1e-9)
     assert found.total_kld <= full + 7e-5
     assert found.num_agreeing == int((exact.argmax(-1) == served.argmax(-1)).sum())
     assert found.num_tokens == 7
