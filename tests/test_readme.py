@@ -14,6 +14,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,6 +158,20 @@ def check_script(script: str, *arguments: str) -> None:
             assert (ROOT / argument).exists(), argument
 
 
+def configure_models(block: Block, url: str) -> None:
+    """Not run: it fetches models from the hub."""
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        file.write(block.text)
+        file.flush()
+        config = parse_config(["--config", file.name])
+    assert [one.served_model_name for one in config.of_models()] == [("small",), ("big",)]
+
+
+def unload_without_a_key(block: Block, url: str) -> None:
+    """The tests' server has no admin key, and says so."""
+    assert "admin" in run_shell(block, url)
+
+
 def name_flags(block: Block, url: str) -> None:
     """Not run: it fetches a model from the hub, for several GPUs."""
     for command in block.commands:
@@ -201,6 +216,8 @@ CHECKS: dict[tuple[str, str], Callable[[Block, str], None]] = {
     ("README.md", "scripts/serve --model"): name_scripts_and_flags,
     ("README.md", "pip install . "): install_and_deploy,
     ("README.md", "turboquant-server --model"): name_flags,
+    ("README.md", "kv-cache-memory"): configure_models,
+    ("README.md", f"curl {ADDRESS}/v1/models/unload"): unload_without_a_key,
     ("README.md", "pip install '.[ray]'"): install_and_deploy,
     ("README.md", "from pathlib import Path"): generate_with_the_cache,
     ("README.md", 'model = "NAME"'): configure_codex,

@@ -11,9 +11,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from turboquant_server.load_error import ModelLoadError
-from turboquant_server.memory import free_memory
-
 if TYPE_CHECKING:
     from turboquant_server.api.prompts import PromptTokenizer
     from turboquant_server.model_manager import ModelManager
@@ -66,6 +63,10 @@ class ServedModel:
 
 def try_to_load(manager: ModelManager) -> str | None:
     """Load a model; return why that failed, in one sentence, or None if it did not."""
+    # Here, because they import torch, for which the application has no use.
+    from turboquant_server.load_error import ModelLoadError
+    from turboquant_server.memory import free_memory
+
     try:
         manager.load()
         return None
