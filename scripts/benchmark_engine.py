@@ -15,13 +15,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import platform
-import shlex
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import aclosing
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -34,6 +31,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from aligned_table import format_table
+from conditions import conditions
 
 from turboquant_core import use_plain_attention
 from turboquant_server.config import ServerConfig
@@ -270,11 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "model": Path(args.model or "turboquant-demo").name,
         "load_format": args.load_format,
         "past": args.past,
-        "command": shlex.join(["python", "scripts/benchmark_engine.py", *sys.argv[1:]]),
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "device": torch.cuda.get_device_name() if on_gpu else platform.machine(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **conditions(on_gpu=on_gpu),
         "rows": rows,
     }
     print(

@@ -15,7 +15,6 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from conditions import conditions
 from kernel_steps import BFLOAT16, L2_BYTES, Shape, make_steps
 
 from turboquant_core.kernels.cuda_kernel import Kernel
@@ -156,17 +156,16 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("there is no GPU here")
     ceiling = read_ceiling()
-    device = torch.cuda.get_device_name()
-    print(f"{device}, torch {torch.__version__}; reading alone: {ceiling / 1e12:.2f} TB/s")
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}; reading alone: {ceiling / 1e12:.2f} TB/s"
+    )
     print(HEADER)
     rows = []
     for shape in LLAMA if arguments.quick else SHAPES:
         rows.append(measure(shape, ceiling))
         print(format_row(shape, rows[-1]), flush=True)
     result = {
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "device": device,
-        "torch": torch.__version__,
+        **conditions(on_gpu=True),
         "ceiling_tb_per_s": ceiling / 1e12,
         "rows": rows,
     }

@@ -15,22 +15,19 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import platform
-import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime, timezone
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from aligned_table import format_table
+from conditions import conditions
 from kv_runs import Run, RunCache, ServedCache, run_plain
 
 from turboquant_server.cache_config import SUPPORTED_BITS
@@ -152,11 +149,7 @@ def benchmark(name: str | None, args: argparse.Namespace) -> dict[str, Any]:
         "parameters": model.num_parameters(),
         "weight_bytes": sum(weight.nbytes for weight in model.parameters()),
         "load_format": args.load_format,
-        "command": shlex.join(["python", "scripts/benchmark_kv.py", *sys.argv[1:]]),
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "device": torch.cuda.get_device_name() if model.device.type == "cuda" else platform.machine(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **conditions(on_gpu=model.device.type == "cuda"),
         "new_tokens": num_tokens,
         "rows": rows,
     }

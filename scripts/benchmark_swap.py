@@ -13,13 +13,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import platform
-import shlex
 import statistics
 import sys
 import time
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from aligned_table import format_table
 from benchmark_engine import parse_length
+from conditions import conditions
 
 from turboquant_server.config import ServerConfig
 from turboquant_server.engine.sampling_params import SamplingParams
@@ -190,11 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "model": Path(args.model or "turboquant-demo").name,
         "load_format": args.load_format,
         "bits": args.bits,
-        "command": shlex.join(["python", "scripts/benchmark_swap.py", *sys.argv[1:]]),
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "device": torch.cuda.get_device_name() if on_gpu else platform.machine(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **conditions(on_gpu=on_gpu),
         "rows": rows,
     }
     print(
