@@ -26,6 +26,7 @@ from pathlib import Path
 
 import httpx
 from aligned_table import format_table
+from conditions import conditions
 from server_process import ServerProcess, started_server
 from soak_requests import CHAT, VisitMaker, tool_request
 from soak_run import GAUGES, Soak, wait_for_rest
@@ -176,6 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     counts = {kind: {end: run.outcomes[kind, end] for end in ends} for kind in kinds}
     minutes = [round(number / 2**20) for number in run.memory[59::60]]
     about = {
+        **conditions(on_gpu=False),
         **vars(args),
         **{name: metrics[name] for name in COUNTERS},
         "num_pauses": run.num_pauses,
