@@ -40,6 +40,7 @@ from turboquant_server.api.responses import (
     refuse_compaction,
     refuse_stored,
 )
+from turboquant_server.api.responses_error import RESPONSES
 from turboquant_server.api.responses_models import InputTokenCount, ModelResponse
 from turboquant_server.api.responses_request import ResponsesRequest
 from turboquant_server.api.streaming import finish_streams_on_shutdown
@@ -150,21 +151,21 @@ def _add_api(app: FastAPI, served: Models, door: Door) -> None:
     async def message_tokens(body: CountTokensRequest, http_request: Request) -> TokenCount:
         return await with_model(served, body, http_request, count_tokens)
 
-    @router.post("/v1/responses", response_model=ModelResponse, responses=STREAM_RESPONSES)
+    @router.post(RESPONSES, response_model=ModelResponse, responses=STREAM_RESPONSES)
     async def responses(body: ResponsesRequest, http_request: Request) -> ModelResponse | Response:
         return await answer_with_model(served, body, http_request, create_response, RESPONSE_EVENTS)
 
-    @router.post("/v1/responses/input_tokens")
+    @router.post(f"{RESPONSES}/input_tokens")
     async def input_tokens(body: ResponsesRequest, http_request: Request) -> InputTokenCount:
         return await with_model(served, body, http_request, count_input_tokens)
 
     # Not in the document, because all that they do is to say why not.
-    @router.post("/v1/responses/compact", include_in_schema=False)
+    @router.post(f"{RESPONSES}/compact", include_in_schema=False)
     async def compact() -> None:
         refuse_compaction()
 
-    @router.api_route("/v1/responses/{response_id}", methods=["GET", "DELETE"], include_in_schema=False)
-    @router.post("/v1/responses/{response_id}/cancel", include_in_schema=False)
+    @router.api_route(RESPONSES + "/{response_id}", methods=["GET", "DELETE"], include_in_schema=False)
+    @router.post(RESPONSES + "/{response_id}/cancel", include_in_schema=False)
     async def stored_response(response_id: str) -> None:
         refuse_stored(response_id)
 

@@ -38,7 +38,7 @@ def merge_metrics(texts: Mapping[str, str]) -> bytes:
     """Return what several engines tell as one text, in which the label ``engine`` has their names.
 
     Args:
-        texts: By the engine's name, what ``Metrics.render`` returned there.
+        texts: By the engine's name, what ``/metrics`` told there.
     """
     merged: dict[str, Metric] = {}
     for engine, text in texts.items():

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from turboquant_server.api.errors import ApiError, queue_full, unavailable
+from turboquant_server.api.errors import ApiError, queue_full, shutting_down
 from turboquant_server.api.models import model_not_found
 from turboquant_server.api.prompts import PromptTokenizer
 from turboquant_server.served_model import ServedModel, on_thread, try_to_load
@@ -174,9 +174,7 @@ class Models:
     def send_away(self) -> None:
         """End the waiting of all requests, because the server ends."""
         for model in self._models:
-            model.refuse(
-                unavailable("The server is shutting down.", "shutting_down", {"Connection": "close"})
-            )
+            model.refuse(shutting_down())
 
     async def _tell(self, model: ServedModel, *, loads: bool) -> None:
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -236,6 +234,8 @@ class Models:
             loaded.sort(key=lambda one: one.last_used)
             for one in loaded[: max(0, len(loaded) + 1 - self._max_loaded)]:
                 await self._unload(_Change(one, loads=False))
+            while any(one.is_computing for one in self._models):  # answers that are compared
+                await asyncio.sleep(POLL_SECONDS)
             logger.info("loading %s", model.name)
             failure = await on_thread(lambda: try_to_load(model.manager))
         finally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import logging
 import threading
 import time
@@ -40,7 +39,9 @@ from turboquant_server.warm_up import queue_warm_up
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from turboquant_server.attention_check import ModelAttention
     from turboquant_server.config import ServerConfig
+    from turboquant_server.engine.compiled_forward import CompiledForward
 
 __all__ = ["ModelLoadError", "ModelManager"]
 
@@ -73,7 +74,6 @@ class ModelManager:
         self._ranks = ranks or ALONE
         self._followers: Followers | None = None
         self._leaving = threading.Lock()  # nobody looks at the engine while it goes
-        self._num_preemptions = 0  # of engines that have gone
 
     def load(self, loaded: LoadedModel | None = None) -> None:
         """Load the model, try it out with a paged cache, and start the engine.
@@ -100,48 +100,11 @@ class ModelManager:
         self.is_ready = True
 
     def _load(self, loaded: LoadedModel | None) -> None:
+        loaded = loaded or load_model(self._config, self._ranks)
         source = self._config.model or DEMO_MODEL_NAME
-        model, tokenizer, max_model_len = loaded or load_model(self._config, self._ranks)
         try:
-            attention = find_attention(model, tokenizer, max_model_len, self._ranks)
-            use_plain_attention(model)
-            self._cache_plan = plan_cache(self._config, model, tokenizer, max_model_len, self._ranks)
-            if attention.is_paged:
-                use_paged_attention(model)
-            layers = self._cache_plan.store_layers(attention)
-            compiled = None
-            if self._ranks.size > 1:
-                logger.info("the model runs uncompiled, as each rank has only a part of it")
-            elif attention.is_paged and not attention.state_bytes and not self._config.enforce_eager:
-                # Before there is a cache, so that it gets no memory that the compiled forward takes.
-                compiled = compile_forward(model, self._config.max_num_batched_tokens)
-            exact_size = size_exact_cache(self._config, model, attention, max_model_len)
-            self._cache_size = size_cache(
-                self._config,
-                model,
-                tokenizer,
-                attention,
-                layers,
-                max_model_len,
-                compiled,
-                exact_size.num_bytes if exact_size else 0,
-                self._ranks,
-            )
-            num_host_blocks = count_host_blocks(
-                self._config.swap_space, attention, self._cache_size, model.device
-            )
-            self._cache_manager = open_manager(
-                attention,
-                self._cache_size,
-                caches_prefixes=self._config.enable_prefix_caching,
-                num_host_blocks=num_host_blocks,
-            )
-            self.max_model_len = fit_context(
-                self._config, self._cache_size, self._cache_manager.max_tokens, max_model_len
-            )
-            store, states = build_store(attention, layers, self._cache_size, model.dtype, model.device)
-            self._fidelity = build_fidelity(self._config, model, attention, exact_size)
-            host_store = build_host_store(store, num_host_blocks)
+            attention = find_attention(*loaded, self._ranks)
+            runner = self._build_runner(loaded, attention)
         except UnsupportedModelError as error:
             raise ModelLoadError(
                 f"{source} cannot be served with a {self._config.kv_cache_dtype} KV cache: {error}; "
@@ -149,32 +112,83 @@ class ModelManager:
             ) from error
         except torch.OutOfMemoryError as error:
             raise ModelLoadError(
-                f"{source} leaves no memory for a cache on {model.device}; "
+                f"{source} leaves no memory for a cache on {loaded.model.device}; "
                 "try --quantize int8 or int4, or a smaller model"
             ) from error
-        self.tokenizer: PreTrainedTokenizerBase = tokenizer
-        self.chat_format = ChatFormat(tokenizer, self._config.tool_call_parser, self._config.reasoning_parser)
-        self._model: PreTrainedModel = model
-        embeddings: Any = model.get_input_embeddings()
-        eos_token_ids = find_eos_token_ids(model, tokenizer)
-        self.grammars = GrammarCompiler(tokenizer, embeddings.num_embeddings, eos_token_ids)
+        self._model: PreTrainedModel = loaded.model
+        self.tokenizer: PreTrainedTokenizerBase = loaded.tokenizer
+        self.chat_format = ChatFormat(
+            loaded.tokenizer, self._config.tool_call_parser, self._config.reasoning_parser
+        )
+        engine = self._build_engine(runner, one_shot=attention.one_shot)
+        self.engine = AsyncEngine(engine, self.metrics, self._config.request_timeout, self._followers)
+        if self._ranks.rank != 0:
+            return
+        self.engine.start()
+        while engine.has_unfinished_requests and self.engine.is_alive:  # warming up
+            time.sleep(0.001)
+        if not self.engine.is_alive:
+            raise ModelLoadError(f"the first step of {source} failed; the log above has the details")
+
+    def _build_runner(self, loaded: LoadedModel, attention: ModelAttention) -> ModelRunner:
+        """Plan the cache, divide the memory and allocate it; return what computes steps with it."""
+        config, ranks = self._config, self._ranks
+        model, tokenizer, max_model_len = loaded
+        use_plain_attention(model)
+        self._cache_plan = plan_cache(config, model, tokenizer, max_model_len, ranks)
+        if attention.is_paged:
+            use_paged_attention(model)
+        layers = self._cache_plan.store_layers(attention)
+        # Before there is a cache, so that it gets no memory that the compiled forward takes.
+        compiled = self._compile(model, attention)
+        exact_size = size_exact_cache(config, model, attention, max_model_len)
+        reserved_bytes = exact_size.num_bytes if exact_size else 0
+        self._cache_size = size = size_cache(
+            config, model, tokenizer, attention, layers, max_model_len, compiled, reserved_bytes, ranks
+        )
+        num_host_blocks = count_host_blocks(config.swap_space, attention, size, model.device)
+        self._cache_manager = open_manager(
+            attention,
+            size,
+            caches_prefixes=config.enable_prefix_caching,
+            num_host_blocks=num_host_blocks,
+        )
+        self.max_model_len = fit_context(config, size, self._cache_manager.max_tokens, max_model_len)
+        store, states = build_store(attention, layers, size, model.dtype, model.device)
+        self._fidelity = build_fidelity(config, model, attention, exact_size)
         runner = ModelRunner(
             model,
             store,
             states,
             is_paged=attention.is_paged,
             compiled=compiled,
-            host_store=host_store,
-            ranks=self._ranks,
+            host_store=build_host_store(store, num_host_blocks),
+            ranks=ranks,
         )
-        if runner.can_capture and not self._config.enforce_eager:
-            runner.capture_graphs(self._cache_size.num_slots, self.max_model_len)
+        if runner.can_capture and not config.enforce_eager:
+            runner.capture_graphs(size.num_slots, self.max_model_len)
+        return runner
+
+    def _compile(self, model: PreTrainedModel, attention: ModelAttention) -> CompiledForward | None:
+        if self._ranks.size > 1:
+            logger.info("the model runs uncompiled, as each rank has only a part of it")
+            return None
+        if not attention.is_paged or attention.state_bytes or self._config.enforce_eager:
+            return None
+        return compile_forward(model, self._config.max_num_batched_tokens)
+
+    def _build_engine(self, runner: ModelRunner, *, one_shot: bool) -> Engine:
+        """Return an engine that has measured what it is to be compared with, or has a request to warm up."""
+        model, tokenizer = self._model, self.tokenizer
+        embeddings: Any = model.get_input_embeddings()
+        eos_token_ids = find_eos_token_ids(model, tokenizer)
+        self.grammars = GrammarCompiler(tokenizer, embeddings.num_embeddings, eos_token_ids)
         engine = Engine(
             Scheduler(
                 self.open_cache,
                 TIMELINE,
                 self._config.max_num_batched_tokens,
-                one_shot=attention.one_shot,
+                one_shot=one_shot,
                 take_moves=self._cache_manager.take_moves,
             ),
             runner,
@@ -190,11 +204,7 @@ class ModelManager:
             measure_range(engine, self._fidelity, model, tokenizer)
         elif self._ranks.size == 1:  # others would not know of it
             queue_warm_up(engine)
-        self.engine = AsyncEngine(engine, self.metrics, self._config.request_timeout, self._followers)
-        if self._ranks.rank == 0:
-            self.engine.start()
-        while engine.has_unfinished_requests and self.engine.is_alive:  # warming up
-            time.sleep(0.001)
+        return engine
 
     def open_cache(
         self, token_ids: Sequence[int], num_prompt_tokens: int, salt: bytes = b""
@@ -228,7 +238,7 @@ class ModelManager:
         return EngineState(
             num_running=engine.num_running,
             num_waiting=engine.num_waiting,
-            num_preemptions=self._num_preemptions + engine.num_preemptions,
+            num_preemptions=engine.num_preemptions,
             usage=measure_usage(size, manager, engine.running, self._ranks.size),
             swap=measure_swap(manager),
             num_capacity_tokens=size.num_tokens,
@@ -255,8 +265,6 @@ class ModelManager:
         """Stop the engine and release the model's memory; requests in flight get EngineDeadError."""
         with self._leaving:
             self.is_ready = False
-            self._num_preemptions += self.engine.num_preemptions
-        self.engine.shutdown()
         self._forget()
         free_memory()
 
@@ -265,10 +273,11 @@ class ModelManager:
 
         The tokenizer stays: answers that the engine has finished may still be read.
         """
+        if "engine" in self.__dict__:
+            self.engine.shutdown()
         for name in ("engine", "grammars", "_model", "_cache_manager", "_cache_plan", "_fidelity"):
             self.__dict__.pop(name, None)
         if self._followers is not None:
-            gc.collect()
             self._followers.end()
             self._ranks, self._followers = ALONE, None
 

@@ -17,10 +17,9 @@ from turboquant_server.api.door import HEALTH, METRICS
 from turboquant_server.api.errors import ApiError, unavailable
 from turboquant_server.api.messages_error import is_messages_path, to_messages_error
 from turboquant_server.api.request_id import HEADER, choose_request_id, current_request_id
+from turboquant_server.api.responses_error import RESPONSES, to_error_event
 from turboquant_server.app import MAX_BODY_BYTES
 from turboquant_server.metrics_text import merge_metrics
-
-RESPONSES = "/v1/responses"
 
 logger = logging.getLogger(__name__)
 
@@ -110,10 +109,7 @@ def _error_event(error: ApiError, path: str, num_events: int) -> str:
     if is_messages_path(path):
         return f"event: error\ndata: {to_messages_error(error).model_dump_json()}\n\n"
     if path == RESPONSES:
-        detail = error.body.error.model_dump()
-        # OpenAI documents the detail's fields beside the type, and sends them as `error`.
-        event = {**detail, "type": "error", "error": detail, "sequence_number": num_events}
-        return f"event: error\ndata: {json.dumps(event)}\n\n"
+        return f"event: error\ndata: {json.dumps(to_error_event(error, num_events))}\n\n"
     return f"data: {error.body.model_dump_json()}\n\ndata: [DONE]\n\n"
 
 

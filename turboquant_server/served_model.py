@@ -51,7 +51,13 @@ class ServedModel:
         if self.num_users:
             return False
         engine = self.manager.engine if self.manager.is_ready else None
-        return engine is None or not (engine.is_alive and (engine.num_running or engine.num_waiting))
+        # In the order in which requests go from one to the other, on the engine's thread.
+        return engine is None or not (engine.is_alive and (engine.num_waiting or engine.num_running))
+
+    @property
+    def is_computing(self) -> bool:
+        """Tell whether its engine does something, be it that nobody waits for it."""
+        return self.manager.is_ready and self.manager.engine.is_computing
 
     def refuse(self, error: Exception) -> None:
         """End the waiting of all who wait."""

@@ -17,7 +17,8 @@ from held_steps import held_steps
 from turboquant_server import __version__
 from turboquant_server.app import build_app
 from turboquant_server.config import ServerConfig
-from turboquant_server.model_manager import ModelManager
+from turboquant_server.engine.engine import Engine
+from turboquant_server.model_manager import ModelLoadError, ModelManager
 
 Serve = Callable[[FastAPI], AbstractContextManager[str]]
 TIMEOUT = 20
@@ -92,3 +93,13 @@ def test_a_request_after_a_rest_is_no_long_step(running_server: Any, tiny_model_
                 time.sleep(0.0005)
             thread.join()
         assert 0 < longest < 100
+
+
+def test_an_engine_that_dies_of_its_first_step_is_a_failure_to_load(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Engine, "step", lambda engine: 1 / 0)
+    manager = ModelManager(ServerConfig(model=str(tiny_model_dir), device="cpu", kv_cache_memory="16MiB"))
+    with pytest.raises(ModelLoadError, match=r"the first step of .* failed; the log above has the details"):
+        manager.load()
+    assert not manager.is_ready and not hasattr(manager, "engine")

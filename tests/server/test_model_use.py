@@ -112,8 +112,11 @@ def test_a_stream_that_waits_for_its_model_is_kept_open(
     }
     if path in ends:
         assert events[-1]["type"].startswith(ends[path])
+        if fails and path == "/v1/responses":  # OpenAI's client raises what it finds here
+            assert events[-1]["error"]["code"] == events[-1]["code"] == "model_load_failed"
     else:
-        assert text.endswith("data: [DONE]\n\n")
+        # On a busy machine another comment may come before the end.
+        assert [line for line in text.splitlines() if line.startswith("data")][-1] == "data: [DONE]"
     switching.models.find("b").failure = None
 
 

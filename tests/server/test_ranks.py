@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import weakref
 from typing import Any
 
 import architectures
@@ -13,6 +14,8 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from turboquant_server import tensor_parallel
 from turboquant_server.config import ServerConfig
+from turboquant_server.engine import ranks
+from turboquant_server.engine.followers import Followers
 from turboquant_server.engine.grammar import GrammarCompiler, GrammarError, GrammarKind
 from turboquant_server.engine.messages import Abort, Add, RanksDisagreeError, Step, dump, load
 from turboquant_server.engine.ranks import ALONE, Ranks
@@ -72,6 +75,37 @@ def test_a_rank_survives_only_what_all_have() -> None:
     two.check_shared(GrammarError())
     with pytest.raises(torch.OutOfMemoryError):
         two.check_shared(torch.OutOfMemoryError())
+
+
+def test_what_the_engine_held_is_gone_when_ranks_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    followers = Followers(1, torch.device("cpu"), None)
+    engine: Any = type("Engine", (), {})()
+    engine.itself = engine
+    followers.on_failure = engine.fail = lambda engine=engine: None
+    seen: list[object] = []
+    held, leave = weakref.ref(engine), followers.ranks.leave
+    del engine
+    monkeypatch.setattr(followers.ranks, "leave", lambda: (seen.append(held()), leave()))
+    followers.end()
+    assert seen == [None]
+
+
+def test_ranks_that_part_leave_the_cores_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("init_process_group", "destroy_process_group", "TCPStore"):
+        monkeypatch.setattr(ranks.dist, name, lambda *arguments, **options: None)
+    for name in ("LOCAL_RANK", "GLOO_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "")
+    num_threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        for _ in range(2):
+            two = Ranks(0, 2, torch.device("cpu"))
+            two.join()
+            assert torch.get_num_threads() == 2
+            two.leave()
+            assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from turboquant_server.api.chat_grammar import find_chat_grammar
 from turboquant_server.api.conversation import check_conversation
 from turboquant_server.api.errors import invalid_request
 from turboquant_server.api.generation import Prompt, check_vocabulary, make_prompt
-from turboquant_server.api.models import resolve_model
 
 if TYPE_CHECKING:
     from turboquant_server.api.chat_request import ChatCompletionRequest
@@ -61,9 +60,9 @@ async def prepare_chat(
         body: The conversation and how it is to be answered.
 
     Raises:
-        ApiError: The request cannot be served as it is (400), or names another model (404).
+        ApiError: The request cannot be served as it is (400).
     """
-    model = resolve_model(model_manager, body.model)
+    model = body.model or model_manager.model_names[0]
     chat_format, tools = model_manager.chat_format, body.offered_tools
     check_vocabulary(body, model_manager.engine.vocab_size)
     chat = await write_chat(model_manager, prompt_tokenizer, body)

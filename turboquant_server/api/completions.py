@@ -24,7 +24,6 @@ from turboquant_server.api.generation import (
     generate,
     make_prompt,
 )
-from turboquant_server.api.models import resolve_model
 from turboquant_server.api.prompt_report import report_prompt
 from turboquant_server.api.prompts import check_token_ids
 from turboquant_server.api.response_models import Completion, CompletionChoice, CompletionLogprobs
@@ -92,7 +91,7 @@ async def create_completion(
         ApiError: The request cannot be served as it is.
         ClientDisconnect: The client has left before the answers were complete.
     """
-    model = resolve_model(model_manager, body.model)
+    model = body.model or model_manager.model_names[0]
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     if not (max_tokens or body.echo):
         message = "Invalid 'max_tokens': 0 may be given only together with echo=true."

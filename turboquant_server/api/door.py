@@ -9,7 +9,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from turboquant_server.api.api_keys import AdminKeys, ApiKeys
-from turboquant_server.api.errors import ApiError, unavailable
+from turboquant_server.api.errors import ApiError, shutting_down
 from turboquant_server.api.page import CHAT_PAGE, DOCS_PAGE
 from turboquant_server.api.request_id import HEADER, choose_request_id, current_request_id
 
@@ -47,7 +47,7 @@ class Door:
         path = scope["path"]
         error = None if path in self._public_paths else self._keys.check(scope["headers"])
         if error is None and self.is_closing and path != METRICS:
-            return unavailable("The server is shutting down.", "shutting_down", {"Connection": "close"})
+            return shutting_down()
         return error
 
     def check_admin(self, headers: Sequence[tuple[bytes, bytes]]) -> None:

@@ -119,6 +119,11 @@ def unavailable(message: str, code: str, headers: Mapping[str, str] | None = Non
     return ApiError(503, message, code=code, headers={**RETRY_LATER, **(headers or {})})
 
 
+def shutting_down() -> ApiError:
+    """Return the error for a request that comes, or waits for its model, while the server ends (503)."""
+    return unavailable("The server is shutting down.", "shutting_down", {"Connection": "close"})
+
+
 def queue_full() -> ApiError:
     """Return the error for a request that finds too many others waiting (429)."""
     message = "The server is busy: too many requests are waiting. Please try again in a few seconds."

@@ -20,7 +20,6 @@ from turboquant_server.api.messages_chat import to_chat
 from turboquant_server.api.messages_error import to_messages_error
 from turboquant_server.api.messages_models import Message, MessageUsage, StopReason, TokenCount
 from turboquant_server.api.messages_request import CountTokensRequest, MessagesRequest
-from turboquant_server.api.models import resolve_model
 from turboquant_server.api.streaming import end_with_error, name_event, send_events
 from turboquant_server.engine.request import FinishReason
 
@@ -63,9 +62,8 @@ async def count_tokens(
     """Count the tokens of a prompt, as the usage of an answer would; it may be longer than the context.
 
     Raises:
-        ApiError: The model does not take this conversation (400), or another model is named (404).
+        ApiError: The model does not take this conversation (400).
     """
-    resolve_model(model_manager, body.model)
     chat = await write_chat(model_manager, prompt_tokenizer, to_chat(body))
     return TokenCount(input_tokens=len(chat.token_ids))
 

@@ -16,6 +16,7 @@ from turboquant_server.api.generation import while_client_waits
 from turboquant_server.api.messages import PING
 from turboquant_server.api.messages_error import to_messages_error
 from turboquant_server.api.prompts import PromptTokenizer
+from turboquant_server.api.responses_error import to_error_event
 from turboquant_server.api.streaming import KEEP_ALIVE, end_with_error, name_event, send_events
 
 if TYPE_CHECKING:
@@ -52,20 +53,7 @@ CHUNKS = StreamForm(KEEP_ALIVE, lambda error: [error.body.model_dump_json(), "[D
 MESSAGE_EVENTS = StreamForm(
     name_event(PING), lambda error: [name_event(to_messages_error(error).model_dump())]
 )
-RESPONSE_EVENTS = StreamForm(
-    KEEP_ALIVE,
-    lambda error: [
-        name_event(
-            {
-                "type": "error",
-                "sequence_number": 0,
-                "code": error.code,
-                "message": error.message,
-                "param": error.param,
-            }
-        )
-    ],
-)
+RESPONSE_EVENTS = StreamForm(KEEP_ALIVE, lambda error: [name_event(to_error_event(error, num_events=0))])
 
 
 def check_engine(model_manager: ModelManager) -> None:

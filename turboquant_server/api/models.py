@@ -14,7 +14,6 @@ from turboquant_server.api.response_models import ModelCard, ModelList
 
 if TYPE_CHECKING:
     from turboquant_server.model_life import Models
-    from turboquant_server.model_manager import ModelManager
 
 MAX_QUOTED_LENGTH = 200
 
@@ -71,20 +70,6 @@ async def unload_model(models: Models, body: LifeRequest) -> ModelCard:
     """
     await models.unload(models.find(body.model))
     return describe_model(models, body.model)
-
-
-def resolve_model(model_manager: ModelManager, name: str | None) -> str:
-    """Return the name that a response carries: the one asked for, or the first if none was.
-
-    Raises:
-        ApiError: No model has this name (404).
-    """
-    names: list[str] = model_manager.model_names
-    if name is None:
-        return names[0]
-    if name not in names:
-        raise model_not_found(name, names)
-    return name
 
 
 def model_not_found(name: str, names: Iterable[str]) -> ApiError:

@@ -15,7 +15,6 @@ from sse_starlette import ServerSentEvent
 from turboquant_server.api.chat_generation import prepare_chat, write_chat
 from turboquant_server.api.errors import ApiError, renaming
 from turboquant_server.api.generation import Outputs, generate, while_client_waits
-from turboquant_server.api.models import resolve_model
 from turboquant_server.api.responses_calls import client_calls
 from turboquant_server.api.responses_chat import to_chat
 from turboquant_server.api.responses_models import InputTokenCount, ModelResponse
@@ -68,9 +67,8 @@ async def count_input_tokens(
     """Count the tokens of an input, as the usage of a response would; it may be longer than the context.
 
     Raises:
-        ApiError: The model does not take this input (400), or another model is named (404).
+        ApiError: The model does not take this input (400).
     """
-    resolve_model(model_manager, body.model)
     client_calls(body.tools)
     chat_body, names = to_chat(body)
     with renaming(names):

@@ -8,7 +8,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from turboquant_server.api.chat_request import ChatMessage
 from turboquant_server.api.errors import invalid_request
-from turboquant_server.api.models import resolve_model
 from turboquant_server.api.prompts import check_token_ids
 from turboquant_server.api.request_model import RequestModel, Text, only
 
@@ -69,7 +68,6 @@ async def tokenize(
     Raises:
         ApiError: Neither or both are given, or the chat template refuses the messages (400).
     """
-    resolve_model(model_manager, body.model)
     if (body.prompt is None) is (body.messages is None):
         raise invalid_request("Give either 'prompt' or 'messages'.", "prompt")
     if body.messages is not None:
@@ -98,6 +96,5 @@ async def detokenize(
     Raises:
         ApiError: A token id is not in the vocabulary (400).
     """
-    resolve_model(model_manager, body.model)
     check_token_ids(body.tokens, model_manager.engine.vocab_size, "tokens")
     return Detokenized(prompt=await prompt_tokenizer.decode(body.tokens))

@@ -76,11 +76,7 @@ class AsyncEngine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)  # or a process stays
 
     def start(self) -> None:
-        """Start the engine thread.
-
-        Raises:
-            RuntimeError: It was started before.
-        """
+        """Start the engine thread."""
         self._thread.start()
 
     def follow(self, steps: Iterable[Step]) -> None:
@@ -97,8 +93,13 @@ class AsyncEngine:
 
     @property
     def is_alive(self) -> bool:
-        """Tell whether requests are being worked on."""
+        """Tell whether it takes requests."""
         return self._death is None and self._thread.is_alive()
+
+    @property
+    def is_computing(self) -> bool:
+        """Tell whether there are requests, or answers to be compared, for which nobody waits."""
+        return self.is_alive and self._engine.has_work
 
     @property
     def vocab_size(self) -> int:
@@ -258,10 +259,9 @@ class AsyncEngine:
             if message is None:
                 return False
             messages.append(message)
-            if isinstance(message, Add):
-                self._unseen.discard(message.request_id)
             message.apply(self._engine)
             if isinstance(message, Add):
+                self._unseen.discard(message.request_id)  # not before it waits, so that it always counts
                 self._unstarted.append(self._engine.scheduler.waiting[-1])
         if self._followers is not None:
             self._followers.send(dump(Step(messages, state_of(self._engine))))

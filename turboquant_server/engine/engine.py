@@ -277,9 +277,9 @@ class Engine:
         )
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
-        self.scheduler.finish(request, reason)
         if self.fidelity is not None and request.predictions is not None:
             self.fidelity.end(request.predictions, request.token_ids)
+        self.scheduler.finish(request, reason)
 
     def _fail_without_numbers(self, request: Request) -> RequestFailedError:
         logger.error("request %s got logits that are not finite", request.request_id)

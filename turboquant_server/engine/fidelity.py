@@ -157,7 +157,8 @@ class Fidelity:
         """Do a slice of a comparison. If that fails only the comparison is lost."""
         try:
             if self._comparison is None:
-                self._comparison = self._compare(*self._waiting.popleft())
+                self._comparison = self._compare(*self._waiting[0])
+                self._waiting.popleft()  # only now, so that there is work all the time
             divergence = next(self._comparison)
         except Exception as error:
             self._comparison = None

@@ -6,6 +6,7 @@ What they are told goes through their standard input. Its end, however it comes,
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import pickle
@@ -48,7 +49,7 @@ class Followers:
         listener = socket.create_server((LOOPBACK, 0))
         port = listener.getsockname()[1]
         self.ranks = Ranks(0, size, device, port, listener)
-        self.on_failure: Callable[[], None] = lambda: None
+        self.on_failure: Callable[[], None] = _do_nothing
         self._is_ending = False
         self._lock = threading.Lock()
         self._processes = [_start(rank, size, port, settings) for rank in range(1, size)]
@@ -75,6 +76,8 @@ class Followers:
         """End the followers after the step that they are in."""
         with self._lock:
             self._is_ending = True
+        self.on_failure = _do_nothing
+        gc.collect()  # CUDA graphs have to go before the communication of the ranks that they have captured
         for _, pipe in self._processes:
             with contextlib.suppress(OSError):
                 pipe.send_bytes(END)
@@ -107,6 +110,10 @@ class Followers:
         else:
             logger.critical("rank 0 of %d has failed, and the server ends", self.ranks.size)
         os._exit(1)
+
+
+def _do_nothing() -> None:
+    pass
 
 
 def _start(rank: int, size: int, port: int, settings: object) -> tuple[subprocess.Popen[bytes], Connection]:

@@ -55,6 +55,7 @@ class Ranks:
         self.has_joined = False
         self._port = port
         self._listener = listener
+        self._num_threads: int | None = None  # those that one rank would have
 
     def join(self) -> None:
         """Wait until all ranks are there."""
@@ -63,7 +64,8 @@ class Ranks:
         if is_cuda:
             torch.cuda.set_device(self.device)
         else:  # they share the cores
-            torch.set_num_threads(max(1, torch.get_num_threads() // self.size))
+            self._num_threads = torch.get_num_threads()
+            torch.set_num_threads(max(1, self._num_threads // self.size))
         # Without it gloo listens on the address of the machine's name.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         os.environ["LOCAL_RANK"] = str(self.rank)  # by which transformers knows its GPU
@@ -87,6 +89,8 @@ class Ranks:
             dist.destroy_process_group()
         if self._listener is not None:
             self._listener.close()
+        if self._num_threads is not None:
+            torch.set_num_threads(self._num_threads)
 
     def smallest(self, number: int) -> int:
         """Return the smallest of the ranks' numbers."""
