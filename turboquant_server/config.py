@@ -207,10 +207,12 @@ class ServerConfig(ModelSettings, LifeConfig, DoorConfig, BaseSettings):
     @model_validator(mode="after")
     def _check_models(self) -> ServerConfig:
         configs = self.of_models()
-        if (self.models or self.idle_unload) and any(one.tensor_parallel_size > 1 for one in configs):
+        goes = self.models or self.idle_unload or self.admin_key
+        if goes and any(one.tensor_parallel_size > 1 for one in configs):
             raise PydanticCustomError(
                 "ranks_stay",
-                "--tensor-parallel-size is for one model that stays; leave out --models and --idle-unload",
+                "--tensor-parallel-size is for one model that stays; leave out --models, --idle-unload and "
+                "--admin-key",
             )
         return self
 

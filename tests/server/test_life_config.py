@@ -56,6 +56,9 @@ def test_durations_have_units(text: Any, seconds: float) -> None:
         (["--models", "a=x", "--model", "y"], "choose one of --model and --models"),
         (["--models", "a=x", "--served-model-name", "y"], "choose one of --served-model-name and --models"),
         (["--models", "a=x", "--max-loaded-models", "2"], "needs --kv-cache-memory"),
+        (["--models", "a=x", "--tensor-parallel-size", "2"], "for one model that stays"),
+        (["--idle-unload", "9", "--tensor-parallel-size", "2"], "for one model that stays"),
+        (["--admin-key", "k", "--tensor-parallel-size", "2"], "for one model that stays"),
     ],
 )
 def test_what_does_not_fit_is_told(
