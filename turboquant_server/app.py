@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
@@ -167,6 +167,8 @@ def _add_api(app: FastAPI, served: Models, door: Door) -> None:
     @router.api_route(RESPONSES + "/{response_id}", methods=["GET", "DELETE"], include_in_schema=False)
     @router.post(RESPONSES + "/{response_id}/cancel", include_in_schema=False)
     async def stored_response(response_id: str) -> None:
+        if response_id == "input_tokens":  # a path of its own, for POST
+            raise HTTPException(405, headers={"Allow": "POST"})
         refuse_stored(response_id)
 
     @router.get("/v1/models")

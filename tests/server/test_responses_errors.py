@@ -171,6 +171,12 @@ def test_a_stateful_conversation_is_refused_with_the_way_out(http: httpx.Client)
     assert "keeps no responses" in message and "'input'" in message
 
 
+def test_the_path_that_counts_tokens_is_no_response(http: httpx.Client) -> None:
+    response = http.get(f"{RESPONSES}/input_tokens")
+    assert (response.status_code, response.headers["allow"]) == (405, "POST")
+    assert "GET is not allowed" in response.json()["error"]["message"]
+
+
 def test_errors_about_both_wishes_for_a_grammar_have_the_names_of_this_api(http: httpx.Client) -> None:
     text = {"format": {"type": "json_object"}}
     error = error_of(http, text=text, structured_outputs={"regex": "a"})
