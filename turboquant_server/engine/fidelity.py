@@ -161,6 +161,8 @@ class Fidelity:
                 self._waiting.popleft()  # only now, so that there is work all the time
             divergence = next(self._comparison)
         except Exception as error:
+            if self._comparison is None:
+                self._waiting.popleft()
             self._comparison = None
             self._skip("failed")
             if not self._has_warned:
