@@ -14,6 +14,7 @@ after a preemption, computed again; there the cuts are where that number changes
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from turboquant_core.config import BLOCK_SIZE
@@ -73,6 +74,14 @@ class Timeline:
         if next_cut > self._last_cut(num_prompt_tokens, num_prompt_tokens):
             return num_prompt_tokens
         return self.num_sinks + next_cut
+
+    def cut(self, num_tokens: int, num_prompt_tokens: int) -> Iterator[tuple[int, int]]:
+        """Yield where each chunk of a request's first `num_tokens` tokens starts and ends."""
+        start = 0
+        while start < num_tokens:
+            end = min(self.chunk_end(start, num_prompt_tokens), num_tokens)
+            yield start, end
+            start = end
 
     def num_blocks(self, num_tokens: int, num_prompt_tokens: int) -> int:
         """Return how many blocks are made of the first `num_tokens` tokens once they are computed."""

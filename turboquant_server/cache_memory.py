@@ -217,12 +217,8 @@ def _measure_scratch(
 
 def _last_step(cache: RequestCache, num_prompt_tokens: int, max_num_batched_tokens: int) -> list[Chunk]:
     """Return the last chunks of a prompt, as many as a step computes."""
-    chunks = []
-    start = 0
-    while start < num_prompt_tokens:
-        end = TIMELINE.chunk_end(start, num_prompt_tokens)
-        chunks.append(Chunk(cache, start, end, num_prompt_tokens))
-        start = end
+    cuts = TIMELINE.cut(num_prompt_tokens, num_prompt_tokens)
+    chunks = [Chunk(cache, start, end, num_prompt_tokens) for start, end in cuts]
     first = len(chunks) - 1
     while first and num_prompt_tokens - chunks[first - 1].start <= max_num_batched_tokens:
         first -= 1

@@ -15,7 +15,7 @@ from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from turboquant_server.cache_config import CacheConfig
-from turboquant_server.config_file import ConfigFileSource
+from turboquant_server.config_file import ConfigFileSource, flag
 from turboquant_server.door_config import DoorConfig, Text
 from turboquant_server.life_config import LifeConfig, split_models
 
@@ -27,11 +27,6 @@ CHOICES = (
     ("kv_cache_memory", "gpu_memory_utilization"),
     ("kv_cache_memory", "vram_limit"),
 )
-
-
-def flag(name: str) -> str:
-    """Return the flag of a field."""
-    return "--" + name.replace("_", "-")
 
 
 class ModelConfig(BaseModel):

@@ -18,6 +18,11 @@ ALIASES = {
 }
 
 
+def flag(name: str) -> str:
+    """Return the flag of a setting."""
+    return "--" + name.replace("_", "-")
+
+
 class ConfigFileError(ValueError):
     """A file cannot be read as settings; the message is one sentence that names it."""
 

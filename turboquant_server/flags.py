@@ -12,8 +12,8 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from turboquant_server import __version__
-from turboquant_server.config import ENV_PREFIX, GROUPS, ServerConfig, flag
-from turboquant_server.config_file import ALIASES, ConfigFileError, did_you_mean
+from turboquant_server.config import ENV_PREFIX, GROUPS, ServerConfig
+from turboquant_server.config_file import ALIASES, ConfigFileError, did_you_mean, flag
 
 PROGRAM = "turboquant-server"
 SECRETS = ("api_key", "admin_key")

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 from pydantic_settings import NoDecode
 
-from turboquant_server.config_file import ALIASES, did_you_mean
+from turboquant_server.config_file import ALIASES, did_you_mean, flag
 
 Config = TypeVar("Config", bound="LifeConfig")
 
@@ -89,8 +89,8 @@ def split_models(config: Config, settings: type[BaseModel]) -> list[Config]:
     """
     for name in ("model", "served_model_name"):
         if getattr(config, name):
-            flag = "--" + name.replace("_", "-")
-            raise PydanticCustomError("two_choices", "choose one of {flag} and --models", {"flag": flag})
+            context = {"flag": flag(name)}
+            raise PydanticCustomError("two_choices", "choose one of {flag} and --models", context)
     fields = settings.model_fields
     shared = {name: getattr(config, name) for name in config.model_fields_set & fields.keys()}
     shared.pop("model", None)

@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ import httpx
 import pytest
 import uvicorn
 from anthropic import Anthropic
+from life_server import LifeServer, life_server
 from openai import OpenAI
 from scripted_engine import ScriptedEngine, install
 
@@ -157,6 +159,27 @@ def save_model(
 def two_models(tiny_model_dir: Path, save_model: Callable[..., Path]) -> list[dict[str, Any]]:
     """Name two models, one with twice the context of the other."""
     return [{"name": "a", "model": str(tiny_model_dir)}, {"name": "b", "model": str(save_model("llama"))}]
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    """Threads for requests that wait."""
+    with ThreadPoolExecutor(16) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def one_at_a_time(two_models: list[dict[str, Any]]) -> Iterator[LifeServer]:
+    """Serve two models, of which one is in memory."""
+    with life_server(models=two_models, sse_keep_alive_interval=0.05) as server:
+        yield server
+
+
+@pytest.fixture
+def switching(one_at_a_time: LifeServer) -> LifeServer:
+    """The same with the first one in memory."""
+    assert one_at_a_time.change("load", "a").status_code == 200
+    return one_at_a_time
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,25 +19,6 @@ from openai.types import Model
 from scrape import Scrape
 
 pytestmark = pytest.mark.usefixtures("no_variables")
-
-
-@pytest.fixture
-def pool() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(16) as pool:
-        yield pool
-
-
-@pytest.fixture(scope="module")
-def one_at_a_time(two_models: list[dict[str, Any]]) -> Iterator[LifeServer]:
-    with life_server(models=two_models, sse_keep_alive_interval=0.05) as server:
-        yield server
-
-
-@pytest.fixture
-def switching(one_at_a_time: LifeServer) -> LifeServer:
-    """One model of two in memory, the first."""
-    assert one_at_a_time.change("load", "a").status_code == 200
-    return one_at_a_time
 
 
 def test_two_models_answer_beside_each_other(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -23,25 +22,6 @@ STREAMS: dict[str, dict[str, Any]] = {
     "/v1/responses": {"input": "Hi", "max_output_tokens": 2},
     "/v1/messages": {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2},
 }
-
-
-@pytest.fixture
-def pool() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(16) as pool:
-        yield pool
-
-
-@pytest.fixture(scope="module")
-def one_at_a_time(two_models: list[dict[str, Any]]) -> Iterator[LifeServer]:
-    with life_server(models=two_models, sse_keep_alive_interval=0.05) as server:
-        yield server
-
-
-@pytest.fixture
-def switching(one_at_a_time: LifeServer) -> LifeServer:
-    """One model of two in memory, the first."""
-    assert one_at_a_time.change("load", "a").status_code == 200
-    return one_at_a_time
 
 
 def test_who_leaves_while_waiting_is_forgotten(switching: LifeServer, pool: ThreadPoolExecutor) -> None:

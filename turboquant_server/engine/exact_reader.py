@@ -91,12 +91,8 @@ class ExactReader:
         cache = self._manager.open(token_ids, num_prompt_tokens)
         assert cache is not None, "one sequence is read at a time"
         try:
-            chunks: list[Chunk] = []
-            start = 0
-            while start < len(token_ids):
-                end = min(timeline.chunk_end(start, num_prompt_tokens), len(token_ids))
-                chunks.append(Chunk(cache, start, end, num_prompt_tokens))
-                start = end
+            cuts = timeline.cut(len(token_ids), num_prompt_tokens)
+            chunks = [Chunk(cache, start, end, num_prompt_tokens) for start, end in cuts]
             for part in [chunks] if self._one_shot else [[chunk] for chunk in chunks]:
                 has_room = cache.extend(part[0].start, part[-1].end)
                 assert has_room, "the store has room for one sequence"
