@@ -1,6 +1,7 @@
 """StatePool: the states of recurrent and convolution layers, one row for each slot.
 
 transformers' own layer objects compute with the states; here they only wait for their request's next step.
+Slot -1 is of nobody: steps leave there what they compute in rows without a request.
 """
 
 from __future__ import annotations
@@ -29,12 +30,16 @@ class StatePool:
         self._states: dict[_Key, Tensor] = {}
 
     @property
-    def num_bytes(self) -> int:
-        """Bytes held."""
-        return sum(states.nbytes for states in self._states.values())
+    def slot_bytes(self) -> int:
+        """Bytes of a slot's states; one slot more than there may be requests is held."""
+        return sum(states.nbytes for states in self.of_slot(0))
+
+    def of_slot(self, slot: int) -> list[Tensor]:
+        """Return the states of a slot, where they lie."""
+        return [states[slot] for states in self._states.values()]
 
     def load(self, cache: Cache, slots: Tensor) -> None:
-        """Put the states of slots, one row each, into a new cache."""
+        """Put the states of slots, int64 ``[num_rows]``, into a new cache."""
         for key, layer in _states_of(cache):
             if key not in self._states:
                 continue
@@ -55,7 +60,7 @@ class StatePool:
             if states is None:
                 continue
             if key not in self._states:
-                shape = (self._num_slots, *states.shape[1:])
+                shape = (self._num_slots + 1, *states.shape[1:])
                 self._states[key] = torch.zeros(shape, dtype=states.dtype, device=states.device)
             self._states[key][slots] = states
 

@@ -243,7 +243,7 @@ def _paged_logits(
                 elif position == request.num_tokens:
                     request.token_ids.append(tokens[position])
     manager.check_integrity()
-    state_bytes = states.num_bytes // len(prompts) if states else 0
+    state_bytes = states.slot_bytes if states else 0
     return dataclasses.replace(attention, state_bytes=state_bytes), logits
 
 

@@ -34,7 +34,8 @@ class CacheSize:
         num_slots: Most requests that run at once.
         num_blocks: Blocks of 64 tokens, of each group.
         exact_bytes: What a request's first and newest tokens, which no block holds, take in a slot.
-        state_bytes: What the states of recurrent layers take for a slot.
+        state_bytes: What the states of recurrent layers take for a slot, and once more for rows of a step
+            without a request.
         block_bytes: What a block takes in all layers of its group.
         bf16_block_bytes: The same for keys and values in bfloat16.
     """
@@ -50,7 +51,7 @@ class CacheSize:
     @property
     def num_bytes(self) -> int:
         """What the whole cache takes."""
-        slots = self.num_slots * (self.exact_bytes + self.state_bytes)
+        slots = self.num_slots * self.exact_bytes + (self.num_slots + 1) * self.state_bytes
         return slots + _total(self.num_blocks, self.block_bytes)
 
     @property
@@ -67,7 +68,7 @@ class CacheSize:
     def num_bf16_tokens(self) -> int:
         """Tokens that would fit into the same memory with all keys and values in bfloat16."""
         exact = TIMELINE.num_exact * sum(self.bf16_block_bytes) // BLOCK_SIZE
-        bf16_bytes = self.num_slots * (exact + self.state_bytes)
+        bf16_bytes = self.num_slots * exact + (self.num_slots + 1) * self.state_bytes
         bf16_bytes += _total(self.num_blocks, self.bf16_block_bytes)
         return self.num_tokens * self.num_bytes // max(1, bf16_bytes)
 
@@ -109,13 +110,14 @@ def divide_memory(
         block_bytes[layer.group] += layer.num_kv_heads * layer.codec.record_bytes
         bf16_block_bytes[layer.group] += layer.num_kv_heads * dims * BLOCK_SIZE * BF16_BYTES
     num_slots = config.max_num_seqs or _choose_slots(num_bytes, slot_bytes)
-    left = num_bytes - num_slots * slot_bytes
+    all_slots_bytes = num_slots * slot_bytes + attention.state_bytes
+    left = num_bytes - all_slots_bytes
     if left < 0:
         requests = f"{num_slots:,} requests at a time" if num_slots > 1 else "even one request"
         remedy = " or a smaller --max-num-seqs" if num_slots > 1 else ""
         raise ModelLoadError(
             f"{format_bytes(num_bytes)} are too few for a cache of {requests}, whose first and newest "
-            f"tokens alone take {format_bytes(num_slots * slot_bytes)}; give more memory{remedy}"
+            f"tokens alone take {format_bytes(all_slots_bytes)}; give more memory{remedy}"
         )
     # First for one request that is as long as possible and read in steps as large as possible.
     first = [

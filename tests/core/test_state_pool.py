@@ -107,12 +107,27 @@ def test_a_new_request_starts_from_nothing_in_a_used_slot(name: str) -> None:
     assert_close(logits, run(model, token_ids[1:], None, [], 0))
 
 
-def test_bytes_are_those_of_all_slots() -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_a_row_of_nobody_leaves_all_slots_alone(name: str) -> None:
+    model = build(name)
+    token_ids = random_tokens(3, 9)
+    pool = StatePool(3)
+    for slot in range(2):
+        run(model, token_ids[slot : slot + 1, :8], pool, [slot], 0)
+    kept = [state.clone() for state in pool.of_slot(1)]
+    expected = run(model, token_ids[:1], None, [], 0)[:, 8]
+    logits = run(model, token_ids[:, 8:], pool, [0, -1, -1], 8)
+    assert_close(logits[:1, 0], expected)
+    assert all(map(torch.equal, pool.of_slot(1), kept))
+    assert not any(state.any() for state in pool.of_slot(2))
+
+
+def test_bytes_are_those_of_a_slot() -> None:
     model = architectures.build("lfm2")
     assert use_paged_attention(model)
     pool = StatePool(5)
-    assert pool.num_bytes == 0
+    assert pool.slot_bytes == 0
     run(model, random_tokens(1, 3), pool, [0], 0)
     config = model.config
     num_layers = config.layer_types.count("conv")
-    assert pool.num_bytes == 5 * num_layers * config.hidden_size * config.conv_L_cache * 4
+    assert pool.slot_bytes == num_layers * config.hidden_size * config.conv_L_cache * 4

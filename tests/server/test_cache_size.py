@@ -57,9 +57,10 @@ def divide(
 
 def bytes_of(size: CacheSize, kinds: list[Visibility], state_bytes: int = 0) -> int:
     """Add up a cache layer by layer."""
-    per_slot = len(kinds) * EXACT_BYTES_PER_LAYER + state_bytes
+    exact = size.num_slots * len(kinds) * EXACT_BYTES_PER_LAYER
+    states = (size.num_slots + 1) * state_bytes  # one more for rows without a request
     blocks = [size.num_blocks[size.groups.index(kind)] for kind in kinds]
-    return size.num_slots * per_slot + sum(count * NUM_KV_HEADS * RECORD_BYTES for count in blocks)
+    return exact + states + sum(count * NUM_KV_HEADS * RECORD_BYTES for count in blocks)
 
 
 def longest_request(size: CacheSize) -> int:
@@ -183,12 +184,12 @@ def test_blocks_without_codes_take_16_bits_and_heads_are_padded_to_16_numbers(
 def test_states_take_the_same_beside_bfloat16() -> None:
     size = divide(MODELS["full"], 30 * MIB, 131_072, state_bytes=MIB, max_num_seqs=3)
     of_slots_and_blocks = 2 * 4 * NUM_KV_HEADS * (KEY_DIM + VALUE_DIM) * size.num_tokens
-    assert size.num_bf16_tokens == size.num_tokens * size.num_bytes // (of_slots_and_blocks + 3 * MIB)
+    assert size.num_bf16_tokens == size.num_tokens * size.num_bytes // (of_slots_and_blocks + 4 * MIB)
 
 
 def test_a_model_without_keys_has_slots_only() -> None:
     size = divide([], 10 * MIB, state_bytes=MIB // 2)
-    assert (size.num_slots, size.num_blocks, size.num_bytes) == (5, (), 5 * MIB // 2)
+    assert (size.num_slots, size.num_blocks, size.num_bytes) == (5, (), 6 * MIB // 2)
     assert size.count_requests(10**9) == 5
 
 

@@ -130,7 +130,7 @@ def test_a_model_that_only_has_states_claims_no_tokens(tiny_model: PreTrainedMod
     size = CacheSize((), 10, (), 0, 2**20, (), ())
     assert report(tiny_model, CachePlan(4, 4), size)[3:] == [
         "KV cache   none, only states of recurrent layers",
-        "memory     10.00 MiB of states",
+        "memory     11.00 MiB of states",
         "requests   up to 10 at a time, even of full context",
     ]
 

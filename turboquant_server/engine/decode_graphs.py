@@ -1,7 +1,9 @@
 """DecodeGraphs: the forward of one token per request as CUDA graphs, one for each of some batch sizes.
 
 A graph is a step's thousand launches as one. It reads its inputs where it was captured with them; rows that a
-batch leaves free hold no request. Knows no sampling, and of requests no more than how many there are.
+batch leaves free hold no request. What a model does on the host a graph does not do again, so each is tried
+out: for two tokens of a request it has to compute what the model does. Knows no sampling, and of requests no
+more than how many there are.
 """
 # mypy: disable-error-code="no-untyped-call"
 # (torch's own methods)
@@ -9,15 +11,28 @@ batch leaves free hold no request. Knows no sampling, and of requests no more th
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from turboquant_core import DecodeAttention, DecodeBuffers, PagedStore, forward_context
+from turboquant_core import (
+    CacheManager,
+    Chunk,
+    DecodeAttention,
+    DecodeBuffers,
+    PagedStore,
+    StatePool,
+    forward_context,
+)
 
-# Takes input_ids and position_ids, [num_rows, 1], and returns logits, [num_rows, vocab_size].
-Forward = Callable[[Tensor, Tensor], Tensor]
+# Takes tokens, positions and slots, [num_rows], and returns logits, [num_rows, vocab_size].
+Forward: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+Step: TypeAlias = Callable[[], Tensor]
+
+# Of each tensor's norm. The same kernels compute it, so that only the order of sums could differ.
+MAX_ERROR = 0.05
 
 
 class DecodeGraphs:
@@ -25,35 +40,45 @@ class DecodeGraphs:
 
     Args:
         forward: Runs the model.
-        store: Holds the keys and values.
+        store: Holds the keys and values. No request has any yet.
+        states: Holds what recurrent layers remember, if the model has any.
         buffers: What steps read; they stay where they are from now on.
         max_batch: Most requests of a step.
         max_model_len: Most tokens of a request.
 
     Raises:
-        RuntimeError: The forward cannot be captured.
+        RuntimeError: The forward cannot be captured, or graphs compute something else.
     """
 
     def __init__(
         self,
         forward: Forward,
         store: PagedStore,
+        states: StatePool | None,
         buffers: DecodeBuffers,
         max_batch: int,
         max_model_len: int,
     ) -> None:
         self._forward = forward
         self._store = store
+        self._states = states
         self._buffers = buffers
         self._sizes = batch_sizes(max_batch)
         buffers.reserve(max_batch, store.timeline.num_blocks(max_model_len, max_model_len))
         # All graphs read the first rows.
-        self._input_ids = torch.zeros(max_batch, 1, dtype=torch.int64, device=store.device)
-        # One pool, and one stream, for each of which libraries keep memory.
-        pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(store.device)
+        self._input_ids = torch.zeros(max_batch, dtype=torch.int64, device=store.device)
         self._logits: Tensor | None = None
+        recorder = _Recorder(store.device)
+        steps = {size: self._step(size) for size in self._sizes}
+        # Kernels are compiled, and libraries and states take their memory, before anything is captured.
+        self._try(self._sizes[0], partial(recorder.run, steps[self._sizes[0]]))
+        expected = {size: self._try(size, partial(recorder.run, step)) for size, step in steps.items()}
         # The largest first: the others fit into its memory.
-        self._graphs = {size: self._capture(size, pool, stream) for size in self._sizes[::-1]}
+        self._graphs = {size: recorder.record(partial(self._keep, steps[size])) for size in self._sizes[::-1]}
+        # All before any fails, as ranks that share the model take part in each.
+        computed = {size: self._try(size, partial(self._replay, size)) for size in self._sizes}
+        for size in self._sizes:
+            _compare(size, computed[size], expected[size])
 
     def num_rows(self, num_requests: int) -> int:
         """Return the rows of the graph for so many requests."""
@@ -68,37 +93,82 @@ class DecodeGraphs:
         Returns:
             Logits ``[num_rows, vocab_size]``, which the next step overwrites.
         """
-        size = len(input_ids)
-        self._input_ids[:size, 0].copy_(input_ids)
-        self._graphs[size].replay()
-        assert self._logits is not None
-        return self._logits[:size]
+        self._input_ids[: len(input_ids)].copy_(input_ids)
+        return self._replay(len(input_ids))
 
-    def _capture(self, num_rows: int, pool: Any, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
+    def _replay(self, num_rows: int) -> Tensor:
+        self._graphs[num_rows].replay()
+        assert self._logits is not None
+        return self._logits[:num_rows]
+
+    def _step(self, num_rows: int) -> Step:
+        """Return what computes a step of so many rows with what is in the buffers then."""
         # Without requests, whatever the buffers' rows are for another size.
         self._buffers.fill([], num_rows)
         plans = self._buffers.plans(num_rows, has_free_rows=True)
-        position_ids = self._buffers.positions(num_rows)
+        inputs = self._input_ids[:num_rows], self._buffers.positions(num_rows), self._buffers.slots(num_rows)
 
-        def forward() -> Tensor:
+        def step() -> Tensor:
             with forward_context(DecodeAttention(self._store, plans)):
-                return self._forward(self._input_ids[:num_rows], position_ids.long()[:, None])
+                return self._forward(*inputs)
 
-        # Kernels are compiled, and libraries take their memory, before anything is captured.
-        current = torch.cuda.current_stream(self._store.device)
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                forward()
-        current.wait_stream(stream)
+        return step
+
+    def _keep(self, step: Step) -> None:
+        """Leave a step's logits where the first one had them."""
+        logits = step()
+        if self._logits is None:
+            self._logits = logits
+        else:
+            self._logits[: len(logits)].copy_(logits)
+
+    def _try(self, num_rows: int, run: Step) -> list[Tensor]:
+        """Compute two tokens of a request in the first row; return its logits and what its slot holds."""
+        store = self._store
+        num_blocks = [1] * len(store.visibilities)
+        manager = CacheManager(store.timeline, store.visibilities, num_blocks, store.num_slots, False)
+        cache = manager.open([0], 1)
+        assert cache is not None, "there are no other requests"
+        held = [tensor[cache.slot] for pair in store.exact.values() for tensor in pair]
+        held += self._states.of_slot(cache.slot) if self._states is not None else []
+        for tensor in held:
+            tensor.zero_()
+        for position in range(2):
+            self._buffers.fill([Chunk(cache, position, position + 1, 1)], num_rows)
+            self._input_ids.fill_(position + 1)
+            logits = run()
+        # For all sizes, that would be too much for the device.
+        return [tensor.to("cpu", copy=True) for tensor in (logits[0], *held)]
+
+
+class _Recorder:
+    """Run and capture steps, all on one stream, for each of which libraries keep memory, and in one pool."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
+
+    def run(self, step: Step) -> Tensor:
+        current = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            result = step()
+        current.wait_stream(self._stream)
+        return result
+
+    def record(self, step: Callable[[], None]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream):
-            logits = forward()
-            if self._logits is None:
-                self._logits = logits
-            else:
-                self._logits[:num_rows].copy_(logits)
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            step()
         return graph
+
+
+def _compare(num_rows: int, computed: list[Tensor], expected: list[Tensor]) -> None:
+    for result, reference in zip(computed, expected, strict=True):
+        # Infinite logits are alike, too.
+        error = torch.where(result == reference, 0, result.float() - reference.float())
+        if not error.norm() <= MAX_ERROR * reference.float().norm():
+            raise RuntimeError(f"the graph of {num_rows} rows computes something else than the model")
 
 
 def batch_sizes(max_batch: int) -> list[int]:

@@ -92,20 +92,16 @@ class ModelRunner:
     @property
     def can_capture(self) -> bool:
         """Tell whether decode steps may run as CUDA graphs."""
-        return self._is_paged and self._states is None and self._store.device.type == "cuda"
+        return self._is_paged and self._store.device.type == "cuda"
 
     @torch.inference_mode()
     def capture_graphs(self, max_batch: int, max_model_len: int) -> None:
         """Let decode steps run as CUDA graphs; if that fails, they do not, and the log says why."""
         self._store.warm_up()
-        wanted = torch.zeros(1, dtype=torch.int64, device=self._model.device)
-
-        def forward(input_ids: Tensor, position_ids: Tensor) -> Tensor:
-            cache = PassThroughCache(self._model.config)
-            return self._call_model(input_ids, position_ids, wanted, cache)[:, 0]
-
         try:
-            self.graphs = DecodeGraphs(forward, self._store, self._buffers, max_batch, max_model_len)
+            self.graphs = DecodeGraphs(
+                self._decode, self._store, self._states, self._buffers, max_batch, max_model_len
+            )
         except Exception as error:  # whatever a model does that a graph cannot
             reason = str(error).partition("\n")[0]
             logger.warning("decode steps run without CUDA graphs: %s (%s)", reason, type(error).__name__)
@@ -203,12 +199,16 @@ class ModelRunner:
             logits = self.graphs.run(input_ids)[: len(chunks)]
             self._store.make_due_blocks(chunks)
             return logits
-        inputs = torch.stack([input_ids, self._buffers.positions(num_rows)])[:, :, None]
-        slots = self._buffers.slots(num_rows).long()
-        cache = PassThroughCache(self._model.config)
+        rows = input_ids, self._buffers.positions(num_rows), self._buffers.slots(num_rows)
         with forward_context(DecodeAttention(self._store, self._buffers.plans(num_rows))):
-            wanted = slots.new_zeros(1)
-            return self._run_model(inputs, wanted, cache, slots, has_past=True, decodes=chunks)[:, 0]
+            return self._decode(*rows, *chunks)
+
+    def _decode(self, input_ids: Tensor, positions: Tensor, slots: Tensor, *chunks: Chunk) -> Tensor:
+        """Run the model on one token in each row; return logits ``[num_rows, vocab_size]``."""
+        inputs = input_ids[:, None], positions.long()[:, None]
+        wanted = input_ids.new_zeros(1)
+        cache = PassThroughCache(self._model.config)
+        return self._run_model(inputs, wanted, cache, slots.long(), has_past=True, decodes=chunks)[:, 0]
 
     def _forward_dense(self, scheduled: ScheduledRequest) -> Tensor:
         """Run the model chunk by chunk, each with its past as one tensor."""
@@ -226,7 +226,7 @@ class ModelRunner:
 
     def _run_model(
         self,
-        inputs: Tensor,
+        inputs: Tensor | tuple[Tensor, Tensor],
         wanted: Tensor,
         cache: Cache,
         slots: Tensor,
@@ -277,8 +277,9 @@ class ModelRunner:
                 logits = self.forward(scheduled, is_decode=is_decode)
             except Exception as error:
                 self._ranks.check_shared(error)
-                if len(scheduled) == 1:
-                    return [(scheduled, request_failure(scheduled[0].request.request_id, error))]
+                # A graph moves states on before anything can fail.
+                if len(scheduled) == 1 or (self._states is not None and self.graphs is not None):
+                    return [([item], request_failure(item.request.request_id, error)) for item in scheduled]
                 logger.warning("a step of %d failed; each is tried alone", len(scheduled), exc_info=True)
         if logits is not None:
             return self._sample(scheduled, logits)
