@@ -91,8 +91,9 @@ def test_generate_at_8k_tokens_holds_a_third_of_the_memory_of_a_dynamic_cache() 
     tokenizer = AutoTokenizer.from_pretrained(DEMO)
     ids = tokenizer.backend_tokenizer.encode((DEMO / "held_out.txt").read_text("utf-8")).ids[:8000]
     prompt = torch.tensor([ids], device="cuda")
-    # Warms up: what libraries keep from their first use is not the cache's.
+    # Warms up: what libraries and codebooks keep from their first use is not the cache's.
     _held_bytes(model, prompt, DynamicCache(config=model.config))
+    _held_bytes(model, prompt, TurboQuantCache(bits=4, config=model.config))
     dynamic_cache = DynamicCache(config=model.config)
     dynamic = _held_bytes(model, prompt, dynamic_cache)
     cache = TurboQuantCache(bits=4, config=model.config)
