@@ -11,7 +11,7 @@ from torch import Tensor
 from turboquant_core import KEY_SCALE, VALUE_SCALE, BlockCodec, BlockQuantizer, ExactCodec, Timeline
 from turboquant_core.kernels.decode import decode
 from turboquant_core.reference import AttentionOptions, Codec
-from turboquant_core.step_plan import DecodeTables, decode_work
+from turboquant_core.step_plan import DecodeTables
 
 TIMELINE = Timeline()
 MEAN_RESIDUAL = 160  # of 128 to 191 exact tokens
@@ -132,7 +132,7 @@ def make_step(shape: Shape, seed: int) -> Step:
             block_tables=block_tables,
             block_starts=integers([TIMELINE.num_sinks] * shape.batch),
             num_blocks=integers(counts),
-            work_starts=integers([0, *accumulate(decode_work(count, TIMELINE) for count in counts)]),
+            counts_before=integers([[*range(shape.batch + 1)], [0, *accumulate(counts)]]),
             has_free_rows=False,
         ),
     )

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from turboquant_core.config import BLOCK_SIZE
 from turboquant_core.request_cache import RequestCache, Visibility
-from turboquant_core.step_plan import Chunk, DecodePlan, DecodeTables, decode_work, visible_blocks
+from turboquant_core.step_plan import Chunk, DecodePlan, DecodeTables, visible_blocks
 from turboquant_core.timeline import Timeline
 
-# Rows of numbers: slots, positions and exact_starts, then first_visible, block_starts, num_blocks and
-# work_starts of each group, then those of the caller. See `DecodeTables`.
+# Rows of numbers: slots, positions and exact_starts, then first_visible, block_starts, num_blocks and two of
+# counts_before of each group, then those of the caller. See `DecodeTables`.
 _NUM_COMMON = 3
-_NUM_OF_GROUP = 4
+_NUM_OF_GROUP = 5
 
 
 class DecodeBuffers:
@@ -89,13 +89,14 @@ class DecodeBuffers:
         )
         rows[0], rows[1] = _integers(slots), _integers([chunk.start for chunk in chunks])
         rows[2] = self._timeline.num_sinks + BLOCK_SIZE * num_visible
+        requests_before = torch.arange(num_rows + 1).clamp(max=num_chunks)
         for index, group in enumerate(self._groups):
             first = _NUM_COMMON + _NUM_OF_GROUP * index
             first_visible, block_starts, num_blocks = group.fill(chunks, slots, are_new, num_visible)
             rows[first], rows[first + 1], rows[first + 2] = first_visible, block_starts, num_blocks
-            work = decode_work(num_blocks, self._timeline)
-            columns[first + 3, 1 : num_chunks + 1] = work.cumsum(0)
-            columns[first + 3, num_chunks + 1 :] = work.sum()
+            columns[first + 3] = requests_before
+            columns[first + 4, 1 : num_chunks + 1] = num_blocks.cumsum(0)
+            columns[first + 4, num_chunks + 1 :] = num_blocks.sum()
         for index, numbers in enumerate(extra, start=self._first_extra):
             rows[index] = _integers(numbers)
         self._columns(num_rows).copy_(columns, non_blocking=True)
@@ -123,7 +124,7 @@ class DecodeBuffers:
                 block_tables=group.tables(num_rows, is_whole=has_free_rows),
                 block_starts=block_starts,
                 num_blocks=num_blocks,
-                work_starts=of_group[3],
+                counts_before=of_group[3:],
                 has_free_rows=has_free_rows,
             )
             plans.append(DecodePlan(tables, self._timeline))

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -74,17 +73,6 @@ def _existing(block_id: int | None) -> int:
     return block_id
 
 
-# How long a tile of exact tokens takes, and half a block: measured on an H200 at 4 bits.
-TILE_WORK, HALF_WORK = 2, 1
-
-Count = TypeVar("Count", int, Tensor)
-
-
-def decode_work(num_blocks: Count, timeline: Timeline) -> Count:
-    """Return the work on attention in one kv head: on tiles of 16 places of a slot, and on blocks."""
-    return TILE_WORK * -(-timeline.num_exact // 16) + 2 * HALF_WORK * num_blocks
-
-
 @dataclass(frozen=True)
 class DecodeTables:
     """One new token for each of several requests, as one group of layers sees it; int32, on the device.
@@ -98,7 +86,7 @@ class DecodeTables:
         block_tables: ``[batch, max_blocks]``, ids of the blocks it sees, from the first with a visible token.
         block_starts: ``[batch]``, position of the first token of the first of them.
         num_blocks: ``[batch]``, how many; the rest of the row is undefined.
-        work_starts: ``[batch + 1]``, `decode_work` of a kv head of all requests before each.
+        counts_before: ``[2, batch + 1]``, how many requests are before each row, and blocks that they see.
         has_free_rows: Whether there may be rows without a request.
     """
 
@@ -109,7 +97,7 @@ class DecodeTables:
     block_tables: Tensor
     block_starts: Tensor
     num_blocks: Tensor
-    work_starts: Tensor
+    counts_before: Tensor
     has_free_rows: bool
 
 

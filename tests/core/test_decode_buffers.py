@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from turboquant_core.decode_buffers import DecodeBuffers
 from turboquant_core.request_cache import CacheManager, RequestCache, Visibility
-from turboquant_core.step_plan import Chunk, DecodePlan, decode_work, visible_blocks
+from turboquant_core.step_plan import Chunk, DecodePlan, visible_blocks
 from turboquant_core.timeline import Timeline
 
 CPU = torch.device("cpu")
@@ -27,14 +27,14 @@ def check(plan: DecodePlan, chunks: list[Chunk], group: int, num_rows: int, time
     ranges = [visible_blocks(chunk, group, visibility, timeline) for chunk in chunks]
     counts = [len(blocks.ids) for blocks in ranges]
     visible = [timeline.num_visible_blocks(chunk.start, chunk.num_prompt_tokens) for chunk in chunks]
-    ends = list(itertools.accumulate((decode_work(count, timeline) for count in counts), initial=0))
+    before = [*range(len(chunks) + 1)], [0, *itertools.accumulate(counts)]
     assert tables.slots.tolist() == [chunk.cache.slot for chunk in chunks] + [-1] * len(free)
     assert tables.positions.tolist() == [chunk.start for chunk in chunks] + free
     assert tables.exact_starts.tolist() == [timeline.num_sinks + 64 * count for count in visible] + free
     assert tables.first_visible.tolist() == [visibility.first_visible(c.start) for c in chunks] + free
     assert tables.block_starts.tolist() == [blocks.start for blocks in ranges] + free
     assert tables.num_blocks.tolist() == counts + free
-    assert tables.work_starts.tolist() == ends + ends[-1:] * len(free)
+    assert tables.counts_before.tolist() == [numbers + numbers[-1:] * len(free) for numbers in before]
     for row, blocks in enumerate(ranges):
         assert tables.block_tables[row, : len(blocks.ids)].tolist() == blocks.ids
 
@@ -109,4 +109,4 @@ def test_rows_without_a_request_have_no_work() -> None:
     buffers = DecodeBuffers([Visibility()], timeline, 2, CPU)
     buffers.fill([], 2)
     [plan] = buffers.plans(2, has_free_rows=True)
-    assert (plan.tables.slots.tolist(), plan.tables.work_starts.tolist()) == ([-1, -1], [0, 0, 0])
+    assert (plan.tables.slots.tolist(), plan.tables.counts_before.tolist()) == ([-1, -1], [[0] * 3] * 2)

@@ -83,7 +83,7 @@ def launch(shape: Launch) -> None:
         block_tables=torch.zeros(2, 8, dtype=torch.int32),
         block_starts=numbers,
         num_blocks=numbers,
-        work_starts=numbers,
+        counts_before=numbers,
         has_free_rows=False,
     )
     sinks = None if shape.softcap is None else torch.zeros(num_heads)

@@ -20,7 +20,7 @@ from torch import Tensor
 from turboquant_core import KEY_SCALE, VALUE_SCALE, BlockCodec, BlockQuantizer, Timeline
 from turboquant_core.exact_codec import ExactCodec
 from turboquant_core.reference import AttentionOptions, Codec
-from turboquant_core.step_plan import DecodeTables, decode_work
+from turboquant_core.step_plan import DecodeTables
 from turboquant_core.transform import Transform
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -168,9 +168,7 @@ def make_case(
             block_tables=tables,
             block_starts=integers([TIMELINE.num_sinks + 64 * skip for skip in skipped]),
             num_blocks=integers(counts),
-            work_starts=integers(
-                [0, *itertools.accumulate(decode_work(count, TIMELINE) for count in counts)]
-            ),
+            counts_before=integers([[*range(len(counts) + 1)], [0, *itertools.accumulate(counts)]]),
             has_free_rows=False,
         ),
         codec=codec,
@@ -334,15 +332,15 @@ def test_rows_without_a_request_change_nothing() -> None:
     numbers = {
         name: torch.cat([value, torch.zeros(num_rows - 3, dtype=torch.int32, device=DEVICE)])
         for name, value in vars(case.tables).items()
-        if isinstance(value, Tensor) and value.dim() == 1 and name != "work_starts"
+        if isinstance(value, Tensor) and value.dim() == 1
     }
     numbers["slots"][3:] = -1
-    ends = case.tables.work_starts
+    ends = case.tables.counts_before
     tables = replace(
         case.tables,
         **numbers,
         block_tables=torch.cat([case.tables.block_tables, case.tables.block_tables[[0, 1, 2, 0]]]),
-        work_starts=torch.cat([ends, ends[-1:].expand(num_rows - 3)]),
+        counts_before=torch.cat([ends, ends[:, -1:].expand(2, num_rows - 3)], dim=1),
         has_free_rows=True,
     )
     queries = torch.cat([case.queries, case.queries[[0, 1, 2, 0]]])

@@ -68,6 +68,8 @@ constexpr float SMALLEST_VALUE = 5.9604645e-8f;
 typedef Codes<KEY_BITS, 2 * KEY_TILES, KEY_LEVELS_LOW, KEY_LEVELS_HIGH> KeyCodes;
 typedef Codes<VALUE_BITS, 2 * VALUE_TILES, VALUE_LEVELS_LOW, VALUE_LEVELS_HIGH> ValueCodes;
 
+#include "shares.cuh"
+
 struct Arguments {
   const u8* records;
   const u16 *new_keys, *new_values;  // null: they are kept
@@ -77,14 +79,13 @@ struct Arguments {
   const u8* stored_bytes;          // the same as 16-bit integers: KEY_DIM upper bytes, then the lower ones
   const float* stored_scales;      // what their products are to be multiplied with
   const int *slots, *positions, *exact_starts, *first_visible, *block_tables, *block_starts;
-  const int* work_starts;
+  WorkStarts work_starts;
   int num_heads, table_stride;
   float scale, softcap;            // both times log2 e; no softcap is 0
   float key_unit, value_unit;      // what the level 1 stands for
 };
 
 #include "prepare.cuh"
-#include "shares.cuh"
 #include "softmax.cuh"
 #include "attend_exact.cuh"
 #include "attend_half.cuh"
@@ -105,8 +106,9 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
     decode(const u8* records, const u16* new_keys, const u16* new_values, u16* exact_keys, u16* exact_values,
            const u16* queries, const u16* stored_queries, const u8* stored_bytes, const float* stored_scales,
            const int* slots, const int* positions, const int* exact_starts, const int* first_visible,
-           const int* block_tables, const int* block_starts, const int* work_starts, float* partials, int batch,
+           const int* block_tables, const int* block_starts, const int* before, int before_stride, float* partials, int batch,
            int num_heads, int table_stride, float scale, float softcap, float key_unit, float value_unit) {
+  const WorkStarts work_starts = {before, before_stride};
   const Arguments args = {records, new_keys, new_values, exact_keys, exact_values, queries, stored_queries,
                           stored_bytes, stored_scales, slots, positions, exact_starts, first_visible, block_tables,
                           block_starts, work_starts, num_heads, table_stride, scale, softcap, key_unit, value_unit};
@@ -118,7 +120,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
   int* unfinished = (int*)(memory + UNFINISHED_AT);
   if (IS_PLAIN) wait_for_previous();  // else prepare has: what it writes is all there is to wait for
   let_next_start();
-  const Shares shares((u32)work_starts[batch] * num_heads, gridDim.x * NUM_WARPS);
+  const Shares shares(work_starts[batch] * num_heads, gridDim.x * NUM_WARPS);
   const u32 worker = blockIdx.x * NUM_WARPS + warp;
   u32 number = shares.start(worker);
   const u32 end = shares.start(worker + 1);

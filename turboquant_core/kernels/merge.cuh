@@ -46,8 +46,9 @@ struct SharedRows {
 
 // Of REQUESTS requests and a kv head. See `merge`.
 template <int REQUESTS>
-DEVICE void merge_requests(const float* partials, const int* work_starts, const uint4* operands, int operands_stride,
-                           const float* sink_scores, void* output, int batch, int num_heads, int grid, float value_unit) {
+DEVICE void merge_requests(const float* partials, const WorkStarts& work_starts, const uint4* operands,
+                           int operands_stride, const float* sink_scores, void* output, int batch, int num_heads,
+                           int grid, float value_unit) {
   constexpr int ROWS = REQUESTS * GROUP, PARTS = AROUND_THREADS / VALUE_DIM;
   constexpr int WARPS = AROUND_THREADS / 32;
   typedef Matrix<VALUE_DIM, WARPS> Transform;
@@ -67,11 +68,11 @@ DEVICE void merge_requests(const float* partials, const int* work_starts, const 
   const Transform transform(operands + (long long)head * operands_stride);
   const int part_of_threads = thread / VALUE_DIM, own_dim = thread % VALUE_DIM;
   const int num_requests = min(REQUESTS, batch - first), lane = thread & 31;
-  const Shares shares((u32)work_starts[batch] * num_heads, grid * NUM_WARPS);
+  const Shares shares(work_starts[batch] * num_heads, grid * NUM_WARPS);
   if (thread < 2 * num_requests) {
     const int request = first + thread / 2, is_stored = thread % 2;
     const u32 count = work_starts[request + 1] - work_starts[request];
-    const u32 start = (u32)work_starts[request] * num_heads + head * count;
+    const u32 start = work_starts[request] * num_heads + head * count;
     const u32 exact_end = start + min(count, (u32)EXACT_WORK);  // a row without a request has none
     segments[thread / 2][is_stored] = Parted(shares, 2 * (request * num_heads + head) + is_stored,
                                              is_stored ? exact_end : start, is_stored ? start + count : exact_end);
@@ -194,10 +195,10 @@ DEVICE void merge_requests(const float* partials, const int* work_starts, const 
 // what sums of levels are to be multiplied with.
 #define MERGE(NAME, REQUESTS)                                                                                        \
   extern "C" __global__ void __launch_bounds__(AROUND_THREADS, 1)                                                    \
-      NAME(const float* partials, const int* work_starts, const uint4* operands, int operands_stride,                \
+      NAME(const float* partials, const int* before, int before_stride, const uint4* operands, int operands_stride,  \
            const float* sink_scores, void* output, int batch, int num_heads, int grid, float value_unit) {           \
-    merge_requests<REQUESTS>(partials, work_starts, operands, operands_stride, sink_scores, output, batch, num_heads,\
-                             grid, value_unit);                                                                      \
+    merge_requests<REQUESTS>(partials, {before, before_stride}, operands, operands_stride, sink_scores, output,      \
+                             batch, num_heads, grid, value_unit);                                                    \
   }
 MERGE(merge, 1)
 MERGE(merge_many, MANY)

@@ -1,5 +1,14 @@
 // How work is divided among warps, and what a number of it stands for.
 
+// Of one kv head, the work on all requests before one: its tiles of exact tokens and its halves of blocks.
+struct WorkStarts {
+  const int* before;  // [2][stride]: requests, rows without one left out; blocks
+  int stride;
+  DEVICE u32 operator[](int request) const {
+    return EXACT_WORK * before[request] + 2 * HALF_WORK * before[stride + request];
+  }
+};
+
 struct Shares {  // of `total` numbers among `count` warps
   u32 quotient, rest;
   DEVICE Shares(u32 total, u32 count) : quotient(total / count), rest(total % count) {}
@@ -22,7 +31,7 @@ struct Item {
     if ((threadIdx.x & 31) == 0) target = *this;
     __syncwarp();
   }
-  DEVICE void advance(u32 number, const int* work_starts, int num_heads) {
+  DEVICE void advance(u32 number, const WorkStarts& work_starts, int num_heads) {
     while (number >= start + count) {
       start += count;
       if (++head == num_heads) {
@@ -32,11 +41,11 @@ struct Item {
       }
     }
   }
-  DEVICE void find(u32 number, const int* work_starts, int num_heads, int batch, int lane) {
+  DEVICE void find(u32 number, const WorkStarts& work_starts, int num_heads, int batch, int lane) {
     request = -1;
     for (int first = 0; first < batch; first += 32) {
       const int r = first + lane;
-      request += __popc(__ballot_sync(~0u, r < batch && (u32)work_starts[r] * num_heads <= number));
+      request += __popc(__ballot_sync(~0u, r < batch && work_starts[r] * num_heads <= number));
     }
     count = work_starts[request + 1] - work_starts[request];
     const u32 inside = number - work_starts[request] * num_heads;
