@@ -143,7 +143,9 @@ def _undivided_forward(module: nn.Module) -> Callable[..., Any]:
         parameters = dict(module._parameters)
         for name, parameter in parameters.items():
             if isinstance(parameter, DTensor):
-                module._parameters[name] = nn.Parameter(parameter.full_tensor(), requires_grad=False)
+                with torch.inference_mode(False), torch.no_grad():  # torch 2.11 cannot do it in that mode
+                    whole = parameter.full_tensor()
+                module._parameters[name] = nn.Parameter(whole, requires_grad=False)
         try:
             return type(module).forward(module, *arguments, **options)
         finally:
