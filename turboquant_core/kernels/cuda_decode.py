@@ -48,18 +48,20 @@ class CudaDecode:
         constants = kernel_constants(shape, fit)
         self._decode = Kernel("decode", "decode", constants, device, 32 * fit.num_warps, fit.shared_bytes)
         num_threads = shape.around_threads
-        around = []
-        for suffix, requests in (("", 1), ("_many", shape.many)):
-            rows = requests * shape.group_size
+
+        def around(name: str, shared_bytes: int = 0) -> Kernel:
+            return Kernel("decode", name, constants, device, num_threads, shared_bytes)
+
+        def merge(name: str, requests: int, heads: int) -> Kernel:
+            rows = requests * heads
             num_found = num_threads // shape.value_dim if requests == 1 else 1
-            merge_bytes = 8 * (rows * num_found * shape.value_dim + (rows + requests) * (self._grid + 1))
-            around.append(
-                (
-                    Kernel("decode", f"prepare{suffix}", constants, device, num_threads),
-                    Kernel("decode", f"merge{suffix}", constants, device, num_threads, merge_bytes),
-                )
-            )
-        self._around_one, self._around_many = around
+            num_bytes = 8 * (rows * num_found * shape.value_dim + (rows + requests) * (self._grid + 1))
+            return around(name, num_bytes)
+
+        self._prepare, self._prepare_many = around("prepare"), around("prepare_many")
+        self._merge_few = merge("merge_few", 1, 1)
+        self._merge = merge("merge", 1, shape.group_size)
+        self._merge_many = merge("merge_many", shape.many, shape.group_size)
 
     def __call__(
         self,
@@ -106,8 +108,10 @@ class CudaDecode:
         sinks = None if options.sink_scores is None else options.sink_scores.float().contiguous()
         # A matrix that is read for several requests at once is read less often, by fewer multiprocessors.
         is_many = batch * num_kv_heads > self._grid
-        prepare, merge = self._around_many if is_many else self._around_one
-        grid = (-(-batch // (shape.many if is_many else 1)) * num_kv_heads,)
+        prepare, merge = (self._prepare_many, self._merge_many) if is_many else (self._prepare, self._merge)
+        grid = merge_grid = (-(-batch // (shape.many if is_many else 1)) * num_kv_heads,)
+        if batch * num_heads <= self._grid:  # a kv head's query heads find room at once
+            merge, merge_grid = self._merge_few, (batch * num_heads,)
         if key_operands is not None:
             prepare.launch(
                 grid,
@@ -151,7 +155,7 @@ class CudaDecode:
             overlaps=True,
         )
         merge.launch(
-            grid,
+            merge_grid,
             partials,
             tables.counts_before,
             tables.counts_before.stride(0),

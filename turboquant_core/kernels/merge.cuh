@@ -44,12 +44,12 @@ struct SharedRows {
   }
 };
 
-// Of REQUESTS requests and a kv head. See `merge`.
-template <int REQUESTS>
+// Of REQUESTS requests and HEADS query heads of a kv head. See `merge`.
+template <int REQUESTS, int HEADS>
 DEVICE void merge_requests(const float* partials, const WorkStarts& work_starts, const uint4* operands,
                            int operands_stride, const float* sink_scores, void* output, int batch, int num_heads,
                            int grid, float value_unit) {
-  constexpr int ROWS = REQUESTS * GROUP, PARTS = AROUND_THREADS / VALUE_DIM;
+  constexpr int ROWS = REQUESTS * HEADS, PARTS = AROUND_THREADS / VALUE_DIM;
   constexpr int WARPS = AROUND_THREADS / 32;
   typedef Matrix<VALUE_DIM, WARPS> Transform;
   // Of one request each part of the threads adds up some partials, of many all those of some requests.
@@ -64,7 +64,8 @@ DEVICE void merge_requests(const float* partials, const WorkStarts& work_starts,
   float* weights = shared + 2 * NUM_FOUND * ROWS * VALUE_DIM;  // [ROWS][max_count]
   int* places = (int*)(weights + ROWS * max_count);            // [REQUESTS][max_count]
 
-  const int head = blockIdx.x % num_heads, first = blockIdx.x / num_heads * REQUESTS, thread = threadIdx.x;
+  const int first_query_head = blockIdx.x % (GROUP / HEADS) * HEADS, block = blockIdx.x / (GROUP / HEADS);
+  const int head = block % num_heads, first = block / num_heads * REQUESTS, thread = threadIdx.x;
   const Transform transform(operands + (long long)head * operands_stride);
   const int part_of_threads = thread / VALUE_DIM, own_dim = thread % VALUE_DIM;
   const int num_requests = min(REQUESTS, batch - first), lane = thread & 31;
@@ -91,30 +92,40 @@ DEVICE void merge_requests(const float* partials, const WorkStarts& work_starts,
     const int place = i < max_count ? places[r * max_count + i] : -1;
     return place < 0 ? nullptr : partials + (long long)place * PARTIAL;
   };
-  constexpr int AT_ONCE = GROUP <= 4 ? 8 : GROUP <= 8 ? 4 : 1;
+  constexpr int AT_ONCE = HEADS == 1 ? 16 : HEADS <= 4 ? 8 : HEADS <= 8 ? 4 : 1;
   const int part = REQUESTS == 1 ? part_of_threads : 0, own = REQUESTS == 1 ? 0 : part_of_threads;
-  float numbers[AT_ONCE][GROUP];
+  float numbers[AT_ONCE][HEADS];
   auto fetch = [&](int r, int i) {
 #pragma unroll
     for (int j = 0; j < AT_ONCE; j++) {
       const float* source = partial(r, i + j * STEP);
 #pragma unroll
-      for (int m = 0; m < GROUP; m++) numbers[j][m] = source ? source[m * VALUE_DIM + own_dim] : 0;
+      for (int m = 0; m < HEADS; m++)
+        numbers[j][m] = source ? source[(first_query_head + m) * VALUE_DIM + own_dim] : 0;
     }
   };
   const bool adds = part_of_threads < PARTS;
   if (adds && own < num_requests) fetch(own, part);  // on their way while they get their weights
 
-  for (int row = thread >> 5; row < num_requests * GROUP; row += WARPS) {
-    const int r = row / GROUP, m = row % GROUP;
+  for (int row = thread >> 5; row < num_requests * HEADS; row += WARPS) {
+    const int r = row / HEADS, m = first_query_head + row % HEADS;
     float reference = LOWEST, denominator = 0, *weight = weights + row * max_count;
-    for (int i = lane; i < count_of(r); i += 32) {
-      const float* source = partial(r, i);
-      const float its = source ? source[SUMS + m] : LOWEST, sum = source ? source[SUMS + GROUP + m] : 0;
-      const float higher = fmaxf(reference, its);
-      denominator = denominator * exp2_(reference - higher) + sum * exp2_(its - higher);
-      reference = higher;
-      weight[i] = its;
+    constexpr int LOADS = HEADS == 1 ? 4 : 1;  // on their way at once
+    for (int i = lane; i < count_of(r); i += 32 * LOADS) {
+      float its[LOADS], sum[LOADS];
+#pragma unroll
+      for (int j = 0; j < LOADS; j++) {
+        const float* source = partial(r, i + 32 * j);
+        its[j] = source ? source[SUMS + m] : LOWEST;
+        sum[j] = source ? source[SUMS + GROUP + m] : 0;
+      }
+#pragma unroll
+      for (int j = 0; j < LOADS; j++) {
+        const float higher = fmaxf(reference, its[j]);
+        denominator = denominator * exp2_(reference - higher) + sum[j] * exp2_(its[j] - higher);
+        reference = higher;
+        if (i + 32 * j < count_of(r)) weight[i + 32 * j] = its[j];
+      }
     }
     const float sink = sink_scores ? sink_scores[head * GROUP + m] * 1.44269504f : LOWEST;
     float highest = fmaxf(reference, sink);
@@ -128,7 +139,7 @@ DEVICE void merge_requests(const float* partials, const WorkStarts& work_starts,
   __syncthreads();
 
   for (int r = own; adds && r < num_requests; r += REQUESTS == 1 ? 1 : PARTS) {
-    float exact[GROUP] = {}, stored[GROUP] = {};
+    float exact[HEADS] = {}, stored[HEADS] = {};
     for (int i = part; i < count_of(r); i += AT_ONCE * STEP) {
       if (r != own || i != part) fetch(r, i);
 #pragma unroll
@@ -137,17 +148,17 @@ DEVICE void merge_requests(const float* partials, const WorkStarts& work_starts,
         if (at >= count_of(r)) break;
         const bool is_exact = at < segments[r][0].count;
 #pragma unroll
-        for (int m = 0; m < GROUP; m++) {
-          const float product = weights[(r * GROUP + m) * max_count + at] * numbers[j][m];
+        for (int m = 0; m < HEADS; m++) {
+          const float product = weights[(r * HEADS + m) * max_count + at] * numbers[j][m];
           exact[m] += is_exact ? product : 0;
           stored[m] += is_exact ? 0 : product;
         }
       }
     }
 #pragma unroll
-    for (int m = 0; m < GROUP; m++) {
-      found[0][part][r * GROUP + m][own_dim] = exact[m];
-      found[1][part][r * GROUP + m][own_dim] = stored[m];
+    for (int m = 0; m < HEADS; m++) {
+      found[0][part][r * HEADS + m][own_dim] = exact[m];
+      found[1][part][r * HEADS + m][own_dim] = stored[m];
     }
   }
   __syncthreads();
@@ -159,11 +170,12 @@ DEVICE void merge_requests(const float* partials, const WorkStarts& work_starts,
     return sum;
   };
   auto write = [&](int row, int dim, float even, float odd) {
-    const long long target = ((long long)(first + row / GROUP) * num_heads + head) * GROUP + row % GROUP;
+    const int query_head = head * GROUP + first_query_head + row % HEADS;
+    const long long target = (long long)(first + row / HEADS) * num_heads * GROUP + query_head;
     const float denominator = denominators[row], factor = denominator == 0 ? 0 : 1 / denominator;
     ((u32*)output)[(target * VALUE_DIM + dim) / 2] = to_exact_type(even * factor, odd * factor);
   };
-  const int num_rows = num_requests * GROUP;
+  const int num_rows = num_requests * HEADS;
   for (int i = thread; i < 16 * WORDS; i += AROUND_THREADS) {
     const int row = i / WORDS, dim = 2 * (i % WORDS);
     const float even = row < num_rows ? total(1, row, dim) : 0, odd = row < num_rows ? total(1, row, dim + 1) : 0;
@@ -190,15 +202,16 @@ DEVICE void merge_requests(const float* partials, const WorkStarts& work_starts,
   }
 }
 
-// A thread block for a kv head and one request, or MANY. operands: of the matrix [VALUE_DIM][VALUE_DIM] that
-// stored values are multiplied with from the right, every operands_stride of a head. grid: of decode. value_unit:
-// what sums of levels are to be multiplied with.
-#define MERGE(NAME, REQUESTS)                                                                                        \
+// A thread block for a kv head and MANY requests or one, or, where there are few, for a query head. operands: of the
+// matrix [VALUE_DIM][VALUE_DIM] that stored values are multiplied with from the right, every operands_stride of a kv
+// head. grid: of decode. value_unit: what sums of levels are to be multiplied with.
+#define MERGE(NAME, REQUESTS, HEADS)                                                                                 \
   extern "C" __global__ void __launch_bounds__(AROUND_THREADS, 1)                                                    \
       NAME(const float* partials, const int* before, int before_stride, const uint4* operands, int operands_stride,  \
            const float* sink_scores, void* output, int batch, int num_heads, int grid, float value_unit) {           \
-    merge_requests<REQUESTS>(partials, {before, before_stride}, operands, operands_stride, sink_scores, output,      \
-                             batch, num_heads, grid, value_unit);                                                    \
+    merge_requests<REQUESTS, HEADS>(partials, {before, before_stride}, operands, operands_stride, sink_scores,       \
+                                    output, batch, num_heads, grid, value_unit);                                     \
   }
-MERGE(merge, 1)
-MERGE(merge_many, MANY)
+MERGE(merge_few, 1, 1)
+MERGE(merge, 1, GROUP)
+MERGE(merge_many, MANY, GROUP)
