@@ -103,9 +103,9 @@ class StepConfig(BaseModel):
         description="most requests that run at a time (default: what the memory allows, at most 256)",
     )
     max_num_batched_tokens: int = Field(
-        2048,
+        2052,  # four parts of 512 and a prompt's first 4 tokens, which come with the first part
         ge=1024,  # the longest part of a prompt that has to be read in one step has 643
-        description="most prompt tokens that one step reads, at least 1024",
+        description="most prompt tokens that one step reads, at least 1024; best a multiple of 512, and 4",
     )
     enforce_eager: bool = Field(
         False,

@@ -158,7 +158,7 @@ def test_a_given_size_is_taken_unless_the_device_has_less(
     ("name", "is_one_shot", "max_model_len", "chunks"),
     [
         # Boundaries are at 4 + 512 * n; a prompt's last chunk has 128 to 639 tokens.
-        ("llama", False, 100_000, [(4100, 4612), (4612, 5124), (5124, 5636), (5636, 6144)]),
+        ("llama", False, 100_000, [(4100, 4612), (4612, 5124), (5124, 5636), (5636, 6148)]),
         ("llama", False, 1500, [(0, 516), (516, 1028), (1028, 1499)]),
         ("llama", False, 2, [(0, 1)]),
         ("falcon", False, 20_001, [(18_436, 18_948), (18_948, 19_460), (19_460, 20_000)]),

@@ -27,7 +27,7 @@ def test_the_defaults_serve_the_demo_model_to_this_machine_only() -> None:
     assert config.load_format == "auto"
     assert (config.max_model_len, config.served_model_name) == (None, ())
     assert (config.gpu_memory_utilization, config.vram_limit, config.kv_cache_memory) == (None, None, None)
-    assert (config.max_num_seqs, config.max_num_batched_tokens) == (None, 2048)
+    assert (config.max_num_seqs, config.max_num_batched_tokens) == (None, 2052)
     assert config.enable_prefix_caching is True
     assert (config.config, config.api_key, config.public_metrics, config.allowed_origins) == (
         None,

@@ -81,33 +81,39 @@ def _try(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[T
     """Return averages ``[num_heads, num_tokens, value_dim]`` and their weights; None if it fails."""
     global _works
     try:
-        averages, weights, *_ = _attend(
-            queries.transpose(0, 1)[None], keys[None], values[None], None, True, scale=scale
-        )
-        averages, weights = averages[0], weights.view(len(weights[0]), -1)
         if _works is None:
-            _works = _is_right(queries, keys, values, scale, averages, weights)
-            reason = "its results are wrong"
+            _works, reason = _is_right(queries, keys, values, scale), "its results are wrong"
+        if _works:
+            return _call(queries, keys, values, scale)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
         _works, reason = False, str(error).partition("\n")[0]
-    if _works is False:
-        logger.warning("Triton attends to long pasts, not cuDNN, which is faster: %s", reason)
-        return None
-    return averages, weights
+    logger.warning("Triton attends to long pasts, not cuDNN, which is faster: %s", reason)
+    return None
 
 
-def _is_right(
-    queries: Tensor, keys: Tensor, values: Tensor, scale: float, averages: Tensor, weights: Tensor
-) -> bool | None:
-    """Compute a few queries in float32, and tell whether they are as given; None if they are not finite."""
+def _call(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    averages, weights, *_ = _attend(
+        queries.transpose(0, 1)[None], keys[None], values[None], None, True, scale=scale
+    )
+    return averages[0], weights.view(len(weights[0]), -1)
+
+
+def _is_right(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> bool:
+    """Tell whether a few queries get what they get in float32, for random numbers in place of these.
+
+    These may be anything: while a server measures its memory, nobody has written the blocks.
+    """
+    generator = torch.Generator(queries.device).manual_seed(0)
+    queries, keys, values = (
+        torch.empty_like(numbers).normal_(generator=generator) for numbers in (queries, keys, values)
+    )
+    averages, weights = _call(queries, keys, values, scale)
     some = slice(None, None, -(-len(queries) // 8))
     grouped = queries[some].float().transpose(0, 1).unflatten(0, (len(keys), -1))
     scores = scale * (grouped @ keys.float()[:, None].mT)
     expected = (scores.softmax(-1) @ values.float()[:, None]).flatten(0, 1)
-    if not expected.isfinite().all():  # blocks that nobody has written, while a server measures its memory
-        return None
     error = (averages[:, some].float() - expected).norm() / expected.norm()
     error_of_weights = (weights[:, some] - scores.logsumexp(-1).flatten(0, 1)).abs().amax()
     return bool(torch.maximum(error, error_of_weights) < 0.02)
