@@ -84,7 +84,9 @@ class DoorConfig(BaseModel):
         ``--api-key "$KEY"`` without such a variable must not open the door.
         """
         texts = [items] if isinstance(items, str) else items
-        if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+        if not isinstance(texts, (list, tuple)):  # a number of the file, say
+            raise PydanticCustomError("no_text", "Input should be text, in quotes if it looks like a number")
+        if not all(isinstance(text, str) for text in texts):
             return items
         parts: list[Any] = []
         for text in texts:

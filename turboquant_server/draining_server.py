@@ -69,7 +69,7 @@ class DrainingServer(uvicorn.Server):
         timer.start()
         for manager in self._models.managers:
             if manager.is_ready:
-                manager.engine.shutdown()
+                manager.engine.shutdown(timeout=CUT_OFF_SECONDS / 2)
 
 
 def _kill() -> None:

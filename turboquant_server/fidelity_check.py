@@ -58,7 +58,9 @@ def size_exact_cache(
             int(MEMORY_SHARE * num_bytes), attention, layers, model.dtype, min(most, max_model_len), alone
         )
     except ModelLoadError as error:
-        raise ModelLoadError(f"--fidelity-sample-rate has too little memory: {error}") from error
+        raise ModelLoadError(
+            f"--fidelity-sample-rate has too little memory, {MEMORY_SHARE:.1%} of the cache's: {error}"
+        ) from error
 
 
 def build_fidelity(

@@ -70,6 +70,8 @@ def explain(error: Exception, source: str, revision: str | None, device: torch.d
         return f"the weights of {source} are damaged; download the model again"
     if is_a(torch.OutOfMemoryError):
         return f"{source} does not fit into {device}; try --quantize int8 or int4, or a smaller model"
+    if is_a(MemoryError) or "can't allocate memory" in text:  # torch's error on a CPU is a RuntimeError
+        return f"{source} does not fit into this machine's memory; try a smaller model"
     # Validators of configurations name the reason last, all others first.
     lines = text.strip().splitlines() or ["no message"]
     reason = lines[-1 if "validation error" in lines[0] else 0].strip()

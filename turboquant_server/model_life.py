@@ -123,7 +123,7 @@ class Models:
         if self.can_enter(model):
             model.num_users += 1
             return
-        if model.failure is not None:
+        if model.failure is not None and not self._will_load(model):
             reason, failed = model.failure
             if time.monotonic() < failed + FAILURE_SECONDS:
                 raise _load_failed(reason)
@@ -172,9 +172,14 @@ class Models:
                 self._add(_Change(model, loads=False))
 
     def send_away(self) -> None:
-        """End the waiting of all requests, because the server ends."""
+        """End the waiting of all requests, and let no other load or unload begin, because the server ends."""
         for model in self._models:
             model.refuse(shutting_down())
+        for change in self._changes:
+            if change.done is not None and not change.done.done():
+                change.done.set_exception(shutting_down())
+        if self._worker is not None:
+            self._worker.cancel()
 
     async def _tell(self, model: ServedModel, *, loads: bool) -> None:
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()

@@ -67,9 +67,7 @@ def check_devices(config: ServerConfig) -> None:
         if is_given:
             raise ModelLoadError(f"{other} is for one GPU; start without it or without {flags}")
     if importlib.util.find_spec("accelerate") is None:
-        raise ModelLoadError(
-            f"{flags} needs the package accelerate; install it with: pip install 'turboquant-server[cuda]'"
-        )
+        raise ModelLoadError(f"{flags} needs the package accelerate; install it with: pip install accelerate")
 
 
 def check_model(source: str, model_config: PreTrainedConfig, size: int) -> None:

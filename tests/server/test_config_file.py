@@ -169,6 +169,7 @@ def test_a_wrong_key_is_not_shown(tmp_path: Path, capsys: pytest.CaptureFixture[
         parse_config(["--config", write(tmp_path / "c.yaml", content)])
     error = capsys.readouterr().err
     assert "api-key" in error and "1234" not in error
+    assert "tuple" not in error
 
 
 def test_what_follows_a_misspelt_flag_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,6 +22,7 @@ import openai
 import pytest
 import uvicorn
 from dockerfile import parse_dockerfile
+from held_steps import held_steps
 from openai import DefaultHttpxClient, OpenAI
 
 from turboquant_server import cli, draining_server
@@ -181,21 +182,21 @@ def test_what_does_not_finish_in_time_or_before_a_second_signal_ends_with_an_err
     assert not killed
 
 
-def test_a_step_that_hangs_does_not_keep_the_process(
+def test_a_step_that_hangs_keeps_neither_the_last_words_nor_the_process(
     drain: Callable[..., Any], killed: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(draining_server, "CUT_OFF_SECONDS", 0.1)
-    with drain(0) as draining:
-        engine = draining.server._models.managers[0].engine
-        monkeypatch.setattr(engine, "shutdown", lambda: time.sleep(0.5))
+    monkeypatch.setattr(draining_server, "CUT_OFF_SECONDS", 0.5)
+    with drain(0) as draining, held_steps(draining.server._models.managers[0]) as held:
         with draining.stream(100) as events:
-            next(events)
+            held.wait_for_step()
             draining.signal()
-            deadline = time.monotonic() + TIMEOUT
-            while not killed:
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
-            monkeypatch.delattr(engine, "shutdown")
+            *_, error, done = events
+        assert json.loads(error)["error"]["code"] == "engine_dead"
+        assert done == "[DONE]"
+        deadline = time.monotonic() + TIMEOUT
+        while not killed:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
 
 @pytest.fixture

@@ -52,5 +52,13 @@ def test_the_cause_of_an_error_becomes_a_sentence(cause: Exception, sentence: st
 
 
 def test_an_error_without_text_is_named_by_its_type() -> None:
-    sentence = explain(MemoryError(), "org/model", None, torch.device("cpu"))
-    assert sentence == "org/model cannot be loaded (MemoryError: no message); check the checkpoint"
+    sentence = explain(AssertionError(), "org/model", None, torch.device("cpu"))
+    assert sentence == "org/model cannot be loaded (AssertionError: no message); check the checkpoint"
+
+
+def test_a_machine_without_memory_is_not_taken_for_a_broken_checkpoint() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60)
+    for error in (caught.value, MemoryError()):
+        sentence = explain(error, "org/model", None, torch.device("cpu"))
+        assert sentence == "org/model does not fit into this machine's memory; try a smaller model"

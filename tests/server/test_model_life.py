@@ -186,6 +186,22 @@ def test_a_load_that_fails_is_told_once_in_a_while_and_can_be_tried_again(
         assert text_of(server.ask("c")) == expected
 
 
+def test_who_comes_while_a_failed_load_is_tried_again_waits_for_it(
+    switching: LifeServer, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(switching.models.find("b").manager, "load", lambda: 1 / 0)
+        error_of(switching.ask("b"), 503)
+    with held_loads() as held:
+        load = pool.submit(switching.change, "load", "b")
+        wait_for(lambda: held.names == ["b"])
+        answer = pool.submit(switching.ask, "b")
+        wait_for(lambda: switching.num_waiting("b") or answer.done())
+        held.let_go()
+        text_of(answer.result(TIMEOUT))
+        assert load.result(TIMEOUT).json()["state"] == "loaded"
+
+
 def test_an_unforeseen_error_of_a_load_is_one_too(
     switching: LifeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

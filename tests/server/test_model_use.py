@@ -137,3 +137,22 @@ def test_who_waits_is_told_when_the_server_ends(
         assert error_of(waiting.result(TIMEOUT), 503)["code"] == "shutting_down"
         held.let_go()
         wait_for(lambda: server.models.find("b").manager.is_ready)
+
+
+def test_no_other_load_begins_when_the_server_ends(
+    two_models: list[dict[str, Any]], pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(draining_server, "_kill", lambda: None)  # which would end the tests
+    with life_server(models=two_models) as server, held_loads() as held:
+        loads = [pool.submit(server.change, "load", "b")]
+        wait_for(lambda: held.names == ["b"])
+        loads += [pool.submit(server.change, "load", "a"), pool.submit(server.change, "unload", "b")]
+        wait_for(lambda: len(server.models._changes) == 3)
+        for _ in range(2):
+            server.server.handle_exit(15, None)
+        for load in loads:
+            assert error_of(load.result(TIMEOUT), 503)["code"] == "shutting_down"
+        held.let_go()
+        wait_for(lambda: server.models.find("b").manager.is_ready)
+        time.sleep(0.1)  # five looks
+        assert held.names == ["b"] and server.models.find("b").manager.is_ready

@@ -128,6 +128,13 @@ def test_flags_that_do_not_go_together_are_refused(
         check_devices(ServerConfig(tensor_parallel_size=2, **options))
 
 
+def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensor_parallel.torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(tensor_parallel.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModelLoadError, match=r"install it with: pip install accelerate$"):
+        check_devices(ServerConfig(tensor_parallel_size=2))
+
+
 @pytest.mark.parametrize(
     ("name", "size", "message"),
     [

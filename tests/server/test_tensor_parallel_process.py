@@ -14,7 +14,7 @@ import openai
 import pytest
 import torch
 from scrape import Scrape
-from served_ranks import END_SECONDS, children_of, served
+from served_ranks import END_SECONDS, served
 
 from turboquant_server.config import ServerConfig
 from turboquant_server.engine import followers
@@ -84,8 +84,14 @@ def test_the_other_ranks_end_when_the_first_one_is_no_more() -> None:
     assert process.wait(END_SECONDS) == 1
 
 
-def test_a_model_that_cannot_be_divided_is_refused_and_leaves_no_process() -> None:
-    manager = ModelManager(ServerConfig(tensor_parallel_size=3, device="cpu"))
-    with pytest.raises(ModelLoadError, match="has 2 key/value heads, which 3 GPUs cannot share evenly"):
+@pytest.mark.parametrize("size", [3, 10**11])
+def test_a_model_that_cannot_be_divided_is_refused_before_there_are_processes(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(*arguments: object) -> None:
+        raise AssertionError("a process is started")
+
+    monkeypatch.setattr(followers, "_start", start)
+    manager = ModelManager(ServerConfig(tensor_parallel_size=size, device="cpu"))
+    with pytest.raises(ModelLoadError, match=f"has 2 key/value heads, which {size} GPUs cannot share evenly"):
         manager.load()
-    assert not any("follower" in Path(f"/proc/{pid}/cmdline").read_text() for pid in children_of(os.getpid()))

@@ -85,11 +85,12 @@ class AsyncEngine:
             step.apply(self._engine)
             self._engine.step()
 
-    def shutdown(self) -> None:
-        """End the engine after the current step and wait; unfinished requests get EngineDeadError."""
+    def shutdown(self, timeout: float | None = None) -> None:
+        """End the engine after the current step, or give that up; unfinished requests get EngineDeadError."""
         if self._thread.is_alive():
             self._inbox.put(None)
-            self._thread.join()
+            self._thread.join(timeout)
+            self._die("The engine has been shut down.")  # in case the step hangs
 
     @property
     def is_alive(self) -> bool:
@@ -121,10 +122,9 @@ class AsyncEngine:
 
         Those that the engine has not seen yet will not wait if there are slots and nobody is before them.
         """
-        num_new = len(self._created) + len(self._unseen)
         num_waiting = len(self._engine.scheduler.waiting)
         num_free = 0 if num_waiting else num_slots - self.num_running
-        return num_waiting + max(0, num_new - num_free)
+        return num_waiting + max(0, len(self._created) + len(self._unseen) - num_free)
 
     @property
     def running(self) -> list[Request]:

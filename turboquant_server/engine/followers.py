@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 class Followers:
-    """Start the processes.
+    """Start the processes when the first rank joins, so that there are none for what is refused before.
 
     Args:
         size: Number of ranks, this process included.
@@ -48,13 +48,11 @@ class Followers:
     def __init__(self, size: int, device: torch.device, settings: object) -> None:
         listener = socket.create_server((LOOPBACK, 0))
         port = listener.getsockname()[1]
-        self.ranks = Ranks(0, size, device, port, listener)
+        self.ranks = Ranks(0, size, device, port, listener, lambda: self._start(settings, port))
         self.on_failure: Callable[[], None] = _do_nothing
         self._is_ending = False
         self._lock = threading.Lock()
-        self._processes = [_start(rank, size, port, settings) for rank in range(1, size)]
-        for process, _ in self._processes:
-            threading.Thread(target=self._watch, args=(process,), name="watch", daemon=True).start()
+        self._processes: list[tuple[subprocess.Popen[bytes], Connection]] = []
 
     def send(self, message: bytes) -> None:
         """Send all followers a message that is not empty."""
@@ -94,6 +92,12 @@ class Followers:
                 process.kill()
                 process.wait()
             pipe.close()
+
+    def _start(self, settings: object, port: int) -> None:
+        size = self.ranks.size
+        self._processes += [_start(rank, size, port, settings) for rank in range(1, size)]
+        for process, _ in self._processes:
+            threading.Thread(target=self._watch, args=(process,), name="watch", daemon=True).start()
 
     def _watch(self, process: subprocess.Popen[bytes]) -> None:
         process.wait()

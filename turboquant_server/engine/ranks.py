@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -36,6 +37,7 @@ class Ranks:
         device: Where this one computes.
         port: Where they find each other, on the loopback interface.
         listener: Listens there; the first rank's.
+        start_others: Called before this one waits for them; the first rank's.
 
     Attributes:
         has_joined: The ranks have found each other.
@@ -48,6 +50,7 @@ class Ranks:
         device: torch.device | None = None,
         port: int = 0,
         listener: socket.socket | None = None,
+        start_others: Callable[[], None] | None = None,
     ) -> None:
         self.rank = rank
         self.size = size
@@ -55,11 +58,14 @@ class Ranks:
         self.has_joined = False
         self._port = port
         self._listener = listener
+        self._start_others = start_others
         self._num_threads: int | None = None  # those that one rank would have
 
     def join(self) -> None:
         """Wait until all ranks are there."""
         assert self.device is not None
+        if self._start_others is not None:
+            self._start_others()
         is_cuda = self.device.type == "cuda"
         if is_cuda:
             torch.cuda.set_device(self.device)
