@@ -238,10 +238,11 @@ class AsyncEngine:
             if self._followers is not None:  # they may wait for this step for ever
                 self._followers.fail()
         finally:
-            self._die(message)
-            self._unseen.clear()
+            # Whoever learns of the end finds nothing left.
             self._engine.scheduler.waiting.clear()
             self._engine.scheduler.running.clear()
+            self._unseen.clear()
+            self._die(message)
 
     def _die(self, message: str) -> None:
         """Tell all who wait that there will be nothing more; on any thread."""
