@@ -9,17 +9,17 @@ made in stream order, like all that reads and writes the store: nobody waits for
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from turboquant_core.host_tier import Moves
-from turboquant_core.paged_store import PagedStore
+from turboquant_core.paged_store import PagedStore, StoreLayer
 from turboquant_core.upload import upload
 
-# What copies take on the device: they are made in pieces of as many blocks as this holds, or of one.
+# What copies take on the device: they are made in pieces of as many blocks as this holds, one at least.
 PIECE_BYTES = 64 * 2**20
 
 
@@ -65,9 +65,15 @@ class HostStore:
             if store.device.type == "cuda":
                 _pin(host, self, store.device)
             self._stacks.append(_HostStack(group, blocks, host))
-        num_words = max([PIECE_BYTES // 8, *(stack.num_words for stack in self._stacks)])
         # So that no step finds no memory for it.
+        num_words = self.device_bytes(store.layers) // 8
         self._piece = torch.empty(num_words, dtype=torch.int64, device=store.device)
+
+    @staticmethod
+    def device_bytes(layers: Mapping[int, StoreLayer]) -> int:
+        """Return what copies take on the device of a store of these layers."""
+        a_block = sum(layer.num_kv_heads * layer.codec.record_bytes for layer in layers.values())
+        return max(PIECE_BYTES, a_block)
 
     def move(self, moves: Sequence[Moves]) -> None:
         """Copy blocks, in stream order and without waiting.

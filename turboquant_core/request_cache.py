@@ -59,6 +59,8 @@ class CacheManager:
         self._num_slots = num_slots
         self._free_slots = list(range(num_slots - 1, -1, -1))
         self._running: dict[int, RequestCache] = {}
+        self._hashed: tuple[Sequence[int], bytes] = (), b""
+        self._hashes: list[bytes] = []
         # Of tokens that are all a prompt, at least as many blocks are made as where some are generated.
         too_many = bisect.bisect(range(sys.maxsize), False, key=lambda n: not self.can_ever_hold(n, n))
         self.max_tokens = too_many - 1
@@ -100,9 +102,7 @@ class CacheManager:
         if not self._free_slots:
             return None
         timeline = self.timeline
-        hashes: list[bytes] = []
-        if self.caches_prefixes:
-            hashes = chain_hashes(token_ids[:num_prompt_tokens], salt, timeline.num_sinks)
+        hashes = self._hash(token_ids[:num_prompt_tokens], salt) if self.caches_prefixes else []
         num_hit_blocks = self._num_hit_blocks(hashes[: timeline.num_reusable_blocks(num_prompt_tokens)])
         num_hit_tokens = timeline.num_sinks + BLOCK_SIZE * num_hit_blocks if num_hit_blocks else 0
         num_blocks = timeline.num_blocks(len(token_ids), num_prompt_tokens)
@@ -136,6 +136,13 @@ class CacheManager:
                 [block_id for block_id in cache.block_tables[i] if block_id is not None]
                 for cache in self._running.values()
             )
+
+    def _hash(self, prompt: Sequence[int], salt: bytes) -> list[bytes]:
+        """Return a prompt's hashes: the newest ones if they are its own, as while it waits for room."""
+        if self._hashed != (prompt, salt):
+            self._hashed = prompt, salt
+            self._hashes = chain_hashes(prompt, salt, self.timeline.num_sinks)
+        return self._hashes
 
     def _num_hit_blocks(self, hashes: Sequence[bytes]) -> int:
         """Return the longest prefix, in blocks, of which every group has what later queries see of it."""

@@ -206,11 +206,14 @@ def _add_status(app: FastAPI, models: Models) -> None:
     async def health() -> dict[str, str]:
         if not models.has_started:
             raise _still_loading(models.managers[0])
-        loaded = [manager for manager in models.managers if manager.is_ready]
-        for manager in loaded:
-            check_health(manager)
+        is_loaded = False
+        for manager in models.managers:
+            with manager.leaving:
+                if manager.is_ready:
+                    check_health(manager)
+                    is_loaded = True
         is_loading = any(models.state(model) == "loading" for model in models)
-        return {"status": "ok" if loaded else "loading" if is_loading else "unloaded"}
+        return {"status": "ok" if is_loaded else "loading" if is_loading else "unloaded"}
 
     @app.get("/version")
     async def version() -> dict[str, str]:

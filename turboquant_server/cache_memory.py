@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from turboquant_core import CacheManager, Chunk, PagedStore, RequestCache, StatePool, StoreLayer
+from turboquant_core import CacheManager, Chunk, HostStore, PagedStore, RequestCache, StatePool, StoreLayer
 from turboquant_server.cache_size import TIMELINE, CacheSize, divide_memory, format_bytes
 from turboquant_server.engine.detokenizer import Detokenizer
 from turboquant_server.engine.model_runner import ModelRunner
@@ -70,6 +70,8 @@ def size_cache(
     def divide(num_bytes: int) -> CacheSize:
         return divide_memory(num_bytes, attention, layers, model.dtype, max_model_len, config)
 
+    if config.swap_space:
+        reserved_bytes += HostStore.device_bytes(layers)
     device = model.device
     in_use = memory_in_use(device)
     if config.kv_cache_memory is not None:

@@ -209,6 +209,8 @@ class ServerConfig(ModelSettings, LifeConfig, DoorConfig, BaseSettings):
                 "--tensor-parallel-size is for one model that stays; leave out --models, --idle-unload and "
                 "--admin-key",
             )
+        if "max_loaded_models" in self.model_fields_set and not self.models:
+            raise PydanticCustomError("needs_models", "--max-loaded-models is for several --models")
         return self
 
     def of_models(self) -> list[ServerConfig]:

@@ -30,14 +30,19 @@ class DeployConfig(ServerConfig):
     )
 
     @model_validator(mode="after")
+    def _check_models(self) -> DeployConfig:
+        """Take the place of the check of a server that may have several."""
+        for name in LIFE:
+            if name in self.model_fields_set:
+                message = "{name} is not for replicas: each keeps its one model"
+                raise PydanticCustomError("not_here", message, {"name": name})
+        return self
+
+    @model_validator(mode="after")
     def _check_replicas(self) -> DeployConfig:
         for name in LISTENING:
             if name in self.model_fields_set and getattr(self, name) is not None:
                 message = "{name} is not for replicas: Ray Serve listens (serve start --http-port)"
-                raise PydanticCustomError("not_here", message, {"name": name})
-        for name in LIFE:
-            if name in self.model_fields_set:
-                message = "{name} is not for replicas: each keeps its one model"
                 raise PydanticCustomError("not_here", message, {"name": name})
         if self.max_replicas is not None and self.max_replicas < self.num_replicas:
             raise PydanticCustomError("too_few", "max_replicas must not be less than num_replicas")

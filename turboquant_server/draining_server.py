@@ -68,8 +68,10 @@ class DrainingServer(uvicorn.Server):
         timer.daemon = True
         timer.start()
         for manager in self._models.managers:
-            if manager.is_ready:
-                manager.engine.shutdown(timeout=CUT_OFF_SECONDS / 2)
+            with manager.leaving:
+                engine = manager.engine if manager.is_ready else None
+            if engine is not None:
+                engine.shutdown(timeout=CUT_OFF_SECONDS / 2)
 
 
 def _kill() -> None:

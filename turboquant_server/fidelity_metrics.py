@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
+from prometheus_client.core import CounterMetricFamily, Metric, SummaryMetricFamily
 
 if TYPE_CHECKING:
     from turboquant_server.engine.fidelity import FidelityState
@@ -16,10 +16,23 @@ FIDELITY_NAMES = (
 )
 
 
+def fidelity_gauges(state: FidelityState) -> list[tuple[str, str, float | None]]:
+    """Return name, meaning and value of those metrics that are gauges."""
+    gauges: list[tuple[str, str, float | None]] = [
+        ("fidelity_alarm", "1 while the newest predictions are outside the range.", state.is_alarming)
+    ]
+    if state.range is not None:
+        gauges += [
+            ("fidelity_kld_limit", "Where the range measured at load ends.", state.range.max_kld),
+            ("fidelity_top1_agreement_limit", "Likewise.", state.range.min_agreement),
+        ]
+    return gauges
+
+
 def describe_fidelity(
     state: FidelityState, prefix: str, names: Sequence[str], labels: Sequence[str]
 ) -> Iterator[Metric]:
-    """Yield the metrics.
+    """Yield those that are no gauges.
 
     Args:
         state: What has been found.
@@ -45,15 +58,3 @@ def describe_fidelity(
     for reason, count in state.num_skipped.items():
         skipped.add_metric((*labels, reason), count)
     yield skipped
-    gauges: list[tuple[str, str, float]] = [
-        ("fidelity_alarm", "1 while the newest predictions are outside the range.", state.is_alarming)
-    ]
-    if state.range is not None:
-        gauges += [
-            ("fidelity_kld_limit", "Where the range measured at load ends.", state.range.max_kld),
-            ("fidelity_top1_agreement_limit", "Likewise.", state.range.min_agreement),
-        ]
-    for name, text, value in gauges:
-        gauge = GaugeMetricFamily(prefix + name, text, labels=names)
-        gauge.add_metric(labels, value)
-        yield gauge

@@ -12,7 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from turboquant_server.engine.observer import Observer
 from turboquant_server.engine.request import RequestOutput, RequestTimeoutError
-from turboquant_server.fidelity_metrics import describe_fidelity
+from turboquant_server.fidelity_metrics import describe_fidelity, fidelity_gauges
 
 if TYPE_CHECKING:
     from turboquant_server.cache_usage import CacheUsage
@@ -208,6 +208,8 @@ class Metrics(Observer):
             ),
             ("swap_usage_perc", "Blocks of the swap space that are taken; 1 is all.", state.swap.share),
         ]
+        if state.fidelity is not None:
+            gauges += fidelity_gauges(state.fidelity)
         for name, text, value in gauges:
             gauge = GaugeMetricFamily(PREFIX + name, text, labels=LABELS)
             if value is not None:

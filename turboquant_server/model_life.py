@@ -21,6 +21,7 @@ from turboquant_server.api.prompts import PromptTokenizer
 from turboquant_server.served_model import ServedModel, on_thread, try_to_load
 
 if TYPE_CHECKING:
+    from turboquant_server.engine.async_engine import AsyncEngine
     from turboquant_server.model_manager import ModelManager
 
 ModelState = Literal["loaded", "loading", "unloaded", "failed"]
@@ -231,6 +232,7 @@ class Models:
         if model.manager.is_ready:
             return None
         self._is_loading = True
+        staying: list[AsyncEngine] = []
         try:
             await _wait_for_rest(self._models)
             if change.done is None and not model.waiting:
@@ -239,12 +241,17 @@ class Models:
             loaded.sort(key=lambda one: one.last_used)
             for one in loaded[: max(0, len(loaded) + 1 - self._max_loaded)]:
                 await self._unload(_Change(one, loads=False))
-            while any(one.is_computing for one in self._models):  # answers that are compared
+            staying += [one.manager.engine for one in self._models if one.manager.is_ready]
+            for engine in staying:
+                engine.pause_comparisons(True)
+            while any(engine.is_computing for engine in staying):
                 await asyncio.sleep(POLL_SECONDS)
             logger.info("loading %s", model.name)
             failure = await on_thread(lambda: try_to_load(model.manager))
         finally:
             self._is_loading = False
+            for engine in staying:
+                engine.pause_comparisons(False)
         model.last_used = time.monotonic()
         model.failure = None if failure is None else (failure, time.monotonic())
         if failure is None:

@@ -63,6 +63,7 @@ class ModelManager:
         is_ready: load() has succeeded, and unload() was not called since; only then there are the other
             properties.
         metrics: Of all requests, from the beginning.
+        leaving: Held, for a moment, where unload() might come between a look at `is_ready` and the engine.
     """
 
     def __init__(self, config: ServerConfig, ranks: Ranks | None = None) -> None:
@@ -73,7 +74,7 @@ class ModelManager:
         self._config = config
         self._ranks = ranks or ALONE
         self._followers: Followers | None = None
-        self._leaving = threading.Lock()  # nobody looks at the engine while it goes
+        self.leaving = threading.Lock()
 
     def load(self, loaded: LoadedModel | None = None) -> None:
         """Load the model, try it out with a paged cache, and start the engine.
@@ -230,7 +231,7 @@ class ModelManager:
 
     def engine_state(self) -> EngineState | None:
         """Return what /metrics tells of the engine; None if it is not ready."""
-        with self._leaving:
+        with self.leaving:
             return self._engine_state() if self.is_ready else None
 
     def _engine_state(self) -> EngineState:
@@ -263,7 +264,7 @@ class ModelManager:
 
     def unload(self) -> None:
         """Stop the engine and release the model's memory; requests in flight get EngineDeadError."""
-        with self._leaving:
+        with self.leaving:
             self.is_ready = False
         self._forget()
         free_memory()

@@ -54,11 +54,6 @@ class ServedModel:
         # In the order in which requests go from one to the other, on the engine's thread.
         return engine is None or not (engine.is_alive and (engine.num_waiting or engine.num_running))
 
-    @property
-    def is_computing(self) -> bool:
-        """Tell whether its engine does something, be it that nobody waits for it."""
-        return self.manager.is_ready and self.manager.engine.is_computing
-
     def refuse(self, error: Exception) -> None:
         """End the waiting of all who wait."""
         for place in self.waiting:

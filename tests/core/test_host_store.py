@@ -57,7 +57,7 @@ def bytes_of(store: PagedStore, group: int, block_id: int) -> list[bytes]:
     ]
 
 
-# Room for many blocks, for a few, and for less than one.
+# Room for many blocks, for a few, and for one.
 @pytest.mark.parametrize("piece_bytes", [2**20, 60_000, 8])
 def test_blocks_move_out_and_back_in_any_order(
     store: PagedStore, monkeypatch: pytest.MonkeyPatch, piece_bytes: int
@@ -90,3 +90,4 @@ def test_memory_is_taken_without_a_byte_that_no_block_needs(store: PagedStore) -
     a_block = sum(layer.codec.record_bytes * SHAPE.num_kv_heads for layer in LAYERS)
     host = HostStore(store, NUM_HOST_BLOCKS)
     assert sum(stack.host.nbytes for stack in host._stacks) == NUM_HOST_BLOCKS * a_block
+    assert host._piece.nbytes == HostStore.device_bytes(store.layers) == host_store.PIECE_BYTES

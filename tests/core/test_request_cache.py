@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from turboquant_core import request_cache
+from turboquant_core.block_hashes import chain_hashes
 from turboquant_core.request_cache import CacheManager, RequestCache, Visibility
 from turboquant_core.timeline import Timeline
 
@@ -187,6 +189,23 @@ def test_hit_blocks_do_not_count_as_free() -> None:
     manager.check_integrity()
     cache = opened(manager, longer[: 4 + 9 * 64])
     assert (cache.num_hit_tokens, manager.num_free_blocks) == (4 + 6 * 64, [1])
+
+
+def test_a_prompt_that_waits_for_room_is_hashed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[tuple[list[int], bytes]] = []
+
+    def hash_prompt(token_ids: list[int], salt: bytes, num_sinks: int) -> list[bytes]:
+        hashed.append((token_ids, salt))
+        return chain_hashes(token_ids, salt, num_sinks)
+
+    monkeypatch.setattr(request_cache, "chain_hashes", hash_prompt)
+    manager = make_manager((FULL, 9))
+    token_ids = PROMPT * 2
+    for salt in (b"", b"", b"salt", b"salt"):
+        assert manager.open(token_ids, len(token_ids), salt) is None
+    token_ids[0] = -1
+    assert manager.open(token_ids, len(token_ids), b"salt") is None
+    assert hashed == [(PROMPT * 2, b""), (PROMPT * 2, b"salt"), (token_ids, b"salt")]
 
 
 def test_a_window_needs_only_the_blocks_that_the_hit_can_still_see() -> None:

@@ -113,6 +113,10 @@ def test_a_gpus_cache_gets_what_weights_scratch_and_reserve_leave(
     size = size_on(device.model, tiny_tokenizer, gpu_memory_utilization=0.7, vram_limit="30GiB")
     assert 0.95 * left < size.num_bytes <= left
     assert device.asked == [(0.7, 30 * GIB)]
+    # Copies to and from the host take a piece of it.
+    swapping = size_on(device.model, tiny_tokenizer, swap_space="1GiB")
+    assert 0 < size.num_bytes - swapping.num_bytes - 64 * MIB < MIB
+    device.measured.pop()
     assert [measured.num_slots for measured in device.measured] == [size.num_slots]
 
 

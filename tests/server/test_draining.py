@@ -1,4 +1,7 @@
-"""After a signal what is under way finishes and what comes is sent away; a second signal ends everything."""
+"""After a signal what is under way finishes and what comes is sent away; a second signal ends everything.
+
+More than 300 lines: a certificate and its key are part of them.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -197,6 +201,32 @@ def test_a_step_that_hangs_keeps_neither_the_last_words_nor_the_process(
         while not killed:
             assert time.monotonic() < deadline
             time.sleep(0.01)
+
+
+def test_an_engine_that_is_taken_away_meanwhile_is_cut_off(killed: list[bool]) -> None:
+    class Manager:
+        """Is unloaded as soon as somebody looks."""
+
+        def __init__(self) -> None:
+            self.leaving = threading.Lock()
+            self.engine: Any = SimpleNamespace(shutdown=lambda: cut_off.append(True))
+
+        @property
+        def is_ready(self) -> bool:
+            unload = threading.Thread(target=self.unload)
+            unload.start()
+            unload.join(0.1)
+            return True
+
+        def unload(self) -> None:
+            with self.leaving:
+                del self.engine
+
+    cut_off: list[bool] = []
+    models: Any = SimpleNamespace(managers=[Manager(), Manager()])
+    door: Any = None
+    DrainingServer(uvicorn.Config("none"), door, models, TIMEOUT)._cut_off()
+    assert cut_off == [True, True]
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from held_steps import held_steps
 
 from turboquant_server import __version__
-from turboquant_server.app import build_app
+from turboquant_server.app import build_app, check_health
 from turboquant_server.config import ServerConfig
 from turboquant_server.engine.engine import Engine
 from turboquant_server.model_manager import ModelLoadError, ModelManager
@@ -48,6 +48,24 @@ def test_a_server_is_loading_then_healthy_then_dead(serve: Serve, tiny_model_dir
         manager.engine.shutdown()
         assert health(url) == (503, "engine_dead")
     manager.unload()
+
+
+def test_a_model_that_is_told_to_go_while_it_is_looked_at_goes_later(
+    serve: Serve, loaded: Any, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unloads: list[threading.Thread] = []
+
+    def check_slowly(manager: ModelManager) -> None:
+        unloads.append(threading.Thread(target=manager.unload))
+        unloads[0].start()
+        unloads[0].join(0.2)
+        check_health(manager)
+
+    monkeypatch.setattr("turboquant_server.app.check_health", check_slowly)
+    with loaded(tiny_model_dir) as manager, serve(build_app(manager)) as url:
+        assert health(url) == (200, None)
+        unloads[0].join(TIMEOUT)
+        assert httpx.get(f"{url}/health").json() == {"status": "unloaded"}
 
 
 def test_work_without_a_step_is_told_and_rest_is_not(running_server: Any, tiny_model_dir: Path) -> None:

@@ -50,6 +50,7 @@ def test_durations_have_units(text: Any, seconds: float) -> None:
         (["--idle-unload=-1"], "such as 90s, 10m or 1h, got '-1'"),
         (["--idle-unload", "5 days"], "such as 90s, 10m or 1h"),
         (["--max-loaded-models", "0"], "--max-loaded-models"),
+        (["--max-loaded-models", "2"], "--max-loaded-models is for several --models"),
         (["--models", "x"], "with their names"),
         (["--models", "=x"], "with their names"),
         (["--models", "a=x", "a=y"], "a name of its own"),

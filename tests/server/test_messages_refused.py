@@ -73,7 +73,7 @@ def test_every_field_of_the_sdk_is_known(model: type[RequestModel], params: Any)
         ({"container": "a"}, "'container'"),
         (
             {"messages": [{"role": "user", "content": "x" * 2100}]},
-            r"^prompt is too long: \d{4} tokens > 2048 maximum,",
+            r"^prompt is too long: \d{4} tokens > 2048 maximum, which leaves no room for an answer\.$",
         ),
     ],
     ids=str,

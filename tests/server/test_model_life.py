@@ -116,26 +116,33 @@ def test_a_client_that_does_not_read_keeps_no_model(switching: LifeServer) -> No
         assert [line for line in lines if line.startswith("data")][-1] == "data: [DONE]"
 
 
-def test_a_load_waits_for_answers_that_are_compared(
+def test_a_load_waits_for_a_slice_of_a_comparison_and_the_others_go_on_later(
     two_models: list[dict[str, Any]], pool: ThreadPoolExecutor
 ) -> None:
     options = {"max_loaded_models": 2, "fidelity_sample_rate": 1, "kv_cache_memory": 2**26}
     with life_server(models=two_models, **options) as server, held_loads() as loads:
         loads.let_go()
         assert server.change("unload", "b").json()["state"] == "unloaded"
-        fidelity = server.models.find("a").manager._fidelity
+        manager = server.models.find("a").manager
+        fidelity = manager._fidelity
         assert fidelity is not None
-        goes_on, work = threading.Event(), fidelity.work
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(fidelity, "work", lambda: work() if goes_on.wait(TIMEOUT) else None)
+        manager.engine.pause_comparisons(True)
+        for _ in range(3):
             text_of(server.ask("a", prompt="The harbour. " * 100, max_tokens=40))
+        slices, work = threading.Semaphore(0), fidelity.work
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fidelity, "work", lambda: work() if slices.acquire(timeout=TIMEOUT) else None)
+            manager.engine.pause_comparisons(False)
             load = pool.submit(server.change, "load", "b")
             wait_for(lambda: server.states()["b"] == "loading")
             time.sleep(0.1)  # five looks
             assert loads.names == []
-            goes_on.set()
+            slices.release()
             assert load.result(TIMEOUT).json()["state"] == "loaded"
-            assert fidelity.state.num_answers == 1
+            assert fidelity.state.num_answers == 0
+            slices.release(1000)
+            wait_for(lambda: fidelity.state.num_answers == 3)
+            assert not any(fidelity.state.num_skipped.values())
 
 
 def test_an_idle_model_goes_and_comes_back_when_it_is_asked_for(two_models: list[dict[str, Any]]) -> None:

@@ -1,4 +1,7 @@
-"""The pages in Chromium: a chat is streamed, stopped and refused, numbers move, and nobody else is asked."""
+"""The pages in Chromium: a chat is streamed, stopped and refused, numbers move, and nobody else is asked.
+
+More than 300 lines: what a person does with them, from the first question to the theme.
+"""
 
 from __future__ import annotations
 
@@ -229,11 +232,28 @@ def test_the_numbers_are_those_of_metrics_and_move(page: Page, server: Any) -> N
         assert page.text("#held") == f"{held_tokens:,}" and page.text("#capacity") == f"of {capacity:,}"
         assert f"{bf16:,}" in page.text("#bf16") and f"{capacity / bf16:.1f}" in page.text("#gain")
         assert page.text("#bits") == f"{16 * bf16 / capacity:.2f}"
+        bits = page.evaluate(
+            "16 * samples.at(-1).kv_bytes_compressed / samples.at(-1).kv_bytes_bf16_equivalent"
+        )
+        assert page.text("#bits-now") == f"when full, now {bits:.2f}"
         held.let_go()
         assert future.result().status_code == 200
     page.wait_for("document.querySelector('#held').textContent === '0'")
+    assert page.text("#bits-now") == "when full"
     page.wait_for("samples.some((sample) => sample.generated > 0)")
     assert page.evaluate("document.querySelectorAll('svg .line').length") == 4
+
+
+def test_requests_that_are_too_short_to_be_compressed_have_no_bits(page: Page, server: Any) -> None:
+    url = f"{server.url}/v1/completions"
+    body = {"prompt": [7] * 20, "max_tokens": 30, "ignore_eos": True}
+    with held_steps(server.model_manager) as held, ThreadPoolExecutor(1) as pool:
+        future = pool.submit(httpx.post, url, json=body, timeout=60)
+        held.wait_for_step()
+        page.wait_for("samples.at(-1).kv_held_tokens >= 20")
+        assert page.text("#bits-now") == "when full"
+        held.let_go()
+        assert future.result().status_code == 200
 
 
 def test_a_locked_server_asks_for_its_key(browser: Page, running_server: Any, tiny_model_dir: Path) -> None:

@@ -60,6 +60,7 @@ class ApiError(Exception):
         param: The field that is at fault, such as ``messages[0].content``.
         code: OpenAI's word for this kind of error, where it has one.
         headers: Headers of the response.
+        lengths: If a prompt is too long, its tokens and the most that it may have with its answer.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
+        lengths: tuple[int, int] | None = None,
     ) -> None:
         super().__init__(message)
         self.status_code = status_code
@@ -77,6 +79,7 @@ class ApiError(Exception):
         self.param = param
         self.code = code
         self.headers = headers
+        self.lengths = lengths
 
     @property
     def body(self) -> ErrorResponse:
@@ -100,13 +103,10 @@ def renaming(names: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except ApiError as error:
-        message = error.message
         for name, new_name in names.items():
-            message = message.replace(f"'{name}'", f"'{new_name}'")
-        param = error.param and names.get(error.param, error.param)
-        raise ApiError(
-            error.status_code, message, param=param, code=error.code, headers=error.headers
-        ) from error
+            error.message = error.message.replace(f"'{name}'", f"'{new_name}'")
+        error.param = error.param and names.get(error.param, error.param)
+        raise
 
 
 def invalid_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:

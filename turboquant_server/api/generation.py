@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from pydantic import BaseModel
 from starlette.requests import ClientDisconnect, Request
 
-from turboquant_server.api.errors import invalid_request, queue_full
+from turboquant_server.api.errors import ApiError, invalid_request, queue_full
 from turboquant_server.api.generation_request import CompletionsRequest, GenerationRequest
 from turboquant_server.api.prompts import check_token_ids
 from turboquant_server.api.response_models import CompletionUsage, PromptTokensDetails
@@ -106,11 +106,13 @@ def make_prompt(
     if not token_ids:
         raise invalid_request(f"Invalid '{param}': the prompt has no tokens.", param, "invalid_value")
     if room < 1:
-        raise invalid_request(
+        raise ApiError(
+            400,
             f"This model's maximum context length is {max_model_len} tokens. However, your prompt has "
             f"{len(token_ids)} tokens, which leaves no room for an answer. Please shorten the prompt.",
-            param,
-            "context_length_exceeded",
+            param=param,
+            code="context_length_exceeded",
+            lengths=(len(token_ids), max_model_len),
         )
     if max_tokens is not None and min_tokens > max_tokens:
         message = f"Invalid 'min_tokens': {min_tokens} is more than max_tokens, which is {max_tokens}."

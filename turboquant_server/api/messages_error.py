@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel
@@ -13,9 +12,7 @@ if TYPE_CHECKING:
     from turboquant_server.api.errors import ApiError
 
 MESSAGES = "/v1/messages"
-# Anthropic's words, by which Claude Code knows that it must shorten the conversation, and by how much.
-LENGTHS = re.compile(r"\AThis model's maximum context length is (\d+) tokens.*? (\d+) tokens")
-TOO_LONG = r"\2 tokens > \1 maximum"
+TOO_LONG = "prompt is too long"
 ERROR_TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -51,8 +48,12 @@ def is_messages_path(path: str) -> bool:
 def to_messages_error(error: ApiError) -> MessagesErrorResponse:
     """Return the body of an error."""
     message = error.body.error.message
-    if error.code == "context_length_exceeded":
-        message = f"prompt is too long: {LENGTHS.sub(TOO_LONG, message)}"
+    if error.lengths is not None:
+        # By these words Claude Code knows that it must shorten the conversation, and by how much.
+        num_tokens, most = error.lengths
+        message = f"{TOO_LONG}: {num_tokens} tokens > {most} maximum, which leaves no room for an answer."
+    elif error.code == "context_length_exceeded":  # told by its characters
+        message = f"{TOO_LONG}: {message}"
     kind = ERROR_TYPES.get(error.status_code, "invalid_request_error")
     return MessagesErrorResponse(
         error=MessagesErrorDetail(type=kind, message=message), request_id=current_request_id.get()

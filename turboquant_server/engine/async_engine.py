@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 
 from turboquant_server.engine.engine import Engine, StepOutput
 from turboquant_server.engine.followers import Followers
-from turboquant_server.engine.messages import Abort, Add, Step, dump, state_of
+from turboquant_server.engine.messages import Abort, Add, Pause, Step, dump, state_of
 from turboquant_server.engine.observer import Observer
 from turboquant_server.engine.request import (
     EngineDeadError,
@@ -69,7 +69,7 @@ class AsyncEngine:
         self._created: WeakValueDictionary[str, AsyncGenerator[RequestOutput, None]] = WeakValueDictionary()
         self._unstarted: deque[Request] = deque()  # of the engine thread
         self._step_began = time.monotonic()
-        self._inbox: queue.SimpleQueue[Add | Abort | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Add | Abort | Pause | None] = queue.SimpleQueue()
         self._streams: dict[str, _Stream] = {}
         self._unseen: set[str] = set()  # what lies in the inbox
         self._death: EngineDeadError | None = None
@@ -101,6 +101,10 @@ class AsyncEngine:
     def is_computing(self) -> bool:
         """Tell whether there are requests, or answers to be compared, for which nobody waits."""
         return self.is_alive and self._engine.has_work
+
+    def pause_comparisons(self, is_paused: bool) -> None:
+        """Let answers that wait to be compared wait, after the slice that is under way, or go on."""
+        self._inbox.put(Pause(is_paused))
 
     @property
     def vocab_size(self) -> int:
@@ -231,18 +235,18 @@ class AsyncEngine:
                 self._step_began = time.monotonic()
                 outputs = self._engine.step()
                 self._tell_started()
-                self._deliver(outputs)
+                streams = [(self._streams.get(output.request_id), output) for output in outputs]
+                self._send([(stream, output) for stream, output in streams if stream is not None])
         except BaseException:
             logger.critical("the engine died", exc_info=True)
             message = "The engine died of an error; the server's log has the details."
             if self._followers is not None:  # they may wait for this step for ever
                 self._followers.fail()
         finally:
-            # Whoever learns of the end finds nothing left.
             self._engine.scheduler.waiting.clear()
             self._engine.scheduler.running.clear()
             self._unseen.clear()
-            self._die(message)
+            self._die(message)  # last: who learns of it finds nothing left
 
     def _die(self, message: str) -> None:
         """Tell all who wait that there will be nothing more; on any thread."""
@@ -251,7 +255,7 @@ class AsyncEngine:
 
     def _receive(self) -> bool:
         """Take in all that arrived, waiting while there is nothing to do; False says shut down."""
-        messages: list[Add | Abort] = []
+        messages: list[Add | Abort | Pause] = []
         while True:
             try:
                 message = self._inbox.get(block=not self._engine.has_work)
@@ -278,10 +282,6 @@ class AsyncEngine:
                 return
             self._unstarted.popleft()
 
-    def _deliver(self, outputs: list[StepOutput]) -> None:
-        streams = [(self._streams.get(output.request_id), output) for output in outputs]
-        self._send([(stream, output) for stream, output in streams if stream is not None])
-
     def _send(self, items: list[tuple[_Stream, _StreamItem]]) -> None:
         """Put items in their streams' queues, waking each event loop once."""
         items_of_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, _StreamItem]]] = defaultdict(list)
@@ -291,8 +291,7 @@ class AsyncEngine:
         def put(loop_items: list[tuple[_Stream, _StreamItem]]) -> None:
             for stream, item in loop_items:
                 stream.items.put_nowait(item)
-            outputs = [item for _, item in loop_items if not isinstance(item, EngineDeadError)]
-            self._observer.stepped(outputs)
+            self._observer.stepped([item for _, item in loop_items if not isinstance(item, EngineDeadError)])
 
         for loop, loop_items in items_of_loop.items():
             try:

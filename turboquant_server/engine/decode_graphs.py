@@ -10,6 +10,7 @@ more than how many there are.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import TypeAlias
@@ -26,6 +27,7 @@ from turboquant_core import (
     StatePool,
     forward_context,
 )
+from turboquant_server.engine.ranks import Ranks
 
 # Takes tokens, positions and slots, [num_rows], and returns logits, [num_rows, vocab_size].
 Forward: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -34,9 +36,14 @@ Step: TypeAlias = Callable[[], Tensor]
 # Of each tensor's norm. The same kernels compute it, so that only the order of sums could differ.
 MAX_ERROR = 0.05
 
+logger = logging.getLogger(__name__)
+
 
 class DecodeGraphs:
-    """Run decode steps as graphs.
+    """Run decode steps as graphs, once they have been captured and compared.
+
+    Making it runs the forward for each size, so that kernels are compiled and libraries and states take their
+    memory before anything is captured. Ranks wait for each other there; while they capture, none computes.
 
     Args:
         forward: Runs the model.
@@ -45,9 +52,6 @@ class DecodeGraphs:
         buffers: What steps read; they stay where they are from now on.
         max_batch: Most requests of a step.
         max_model_len: Most tokens of a request.
-
-    Raises:
-        RuntimeError: The forward cannot be captured, or graphs compute something else.
     """
 
     def __init__(
@@ -68,17 +72,28 @@ class DecodeGraphs:
         # All graphs read the first rows.
         self._input_ids = torch.zeros(max_batch, dtype=torch.int64, device=store.device)
         self._logits: Tensor | None = None
-        recorder = _Recorder(store.device)
-        steps = {size: self._step(size) for size in self._sizes}
-        # Kernels are compiled, and libraries and states take their memory, before anything is captured.
-        self._try(self._sizes[0], partial(recorder.run, steps[self._sizes[0]]))
-        expected = {size: self._try(size, partial(recorder.run, step)) for size, step in steps.items()}
+        self._recorder = _Recorder(store.device)
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._steps = {size: self._step(size) for size in self._sizes}
+        self._compute(self._sizes[0])  # from here on all states are there
+        self._expected = {size: self._compute(size) for size in self._sizes}
+
+    def capture(self) -> None:
+        """Capture the forward for all sizes.
+
+        Raises:
+            RuntimeError: It cannot be captured.
+        """
         # The largest first: the others fit into its memory.
-        self._graphs = {size: recorder.record(partial(self._keep, steps[size])) for size in self._sizes[::-1]}
-        # All before any fails, as ranks that share the model take part in each.
+        for size in self._sizes[::-1]:
+            self._graphs[size] = self._recorder.record(partial(self._keep, self._steps[size]))
+
+    def difference(self) -> str:
+        """Run all graphs; return how what they compute differs from what the forward does, if so."""
         computed = {size: self._try(size, partial(self._replay, size)) for size in self._sizes}
-        for size in self._sizes:
-            _compare(size, computed[size], expected[size])
+        wrong = [size for size in self._sizes if not _are_alike(computed[size], self._expected[size])]
+        self._expected.clear()
+        return f"the graph of {wrong[0]} rows computes something else than the model" if wrong else ""
 
     def num_rows(self, num_requests: int) -> int:
         """Return the rows of the graph for so many requests."""
@@ -113,6 +128,9 @@ class DecodeGraphs:
                 return self._forward(*inputs)
 
         return step
+
+    def _compute(self, num_rows: int) -> list[Tensor]:
+        return self._try(num_rows, partial(self._recorder.run, self._steps[num_rows]))
 
     def _keep(self, step: Step) -> None:
         """Leave a step's logits where the first one had them."""
@@ -163,12 +181,41 @@ class _Recorder:
         return graph
 
 
-def _compare(num_rows: int, computed: list[Tensor], expected: list[Tensor]) -> None:
+def _are_alike(computed: list[Tensor], expected: list[Tensor]) -> bool:
     for result, reference in zip(computed, expected, strict=True):
         # Infinite logits are alike, too.
         error = torch.where(result == reference, 0, result.float() - reference.float())
         if not error.norm() <= MAX_ERROR * reference.float().norm():
-            raise RuntimeError(f"the graph of {num_rows} rows computes something else than the model")
+            return False
+    return True
+
+
+def capture_graphs(
+    forward: Forward,
+    store: PagedStore,
+    states: StatePool | None,
+    buffers: DecodeBuffers,
+    max_batch: int,
+    max_model_len: int,
+    ranks: Ranks,
+) -> DecodeGraphs | None:
+    """Return `DecodeGraphs`, captured and compared; None if a rank has none, and the log says why."""
+    graphs, failure = None, ""
+    try:
+        graphs = DecodeGraphs(forward, store, states, buffers, max_batch, max_model_len)
+        graphs.capture()
+    except Exception as error:  # whatever a model does that a graph cannot
+        if graphs is None:
+            ranks.check_shared(error)
+        reason = str(error).partition("\n")[0]
+        failure = f"{reason} ({type(error).__name__})"
+    failure = ranks.any_failure(failure)
+    if graphs is not None and not failure:
+        failure = ranks.any_failure(graphs.difference())
+        if not failure:
+            return graphs
+    logger.warning("decode steps run without CUDA graphs: %s", failure)
+    return None
 
 
 def batch_sizes(max_batch: int) -> list[int]:

@@ -101,10 +101,12 @@ class Fidelity:
 
     Attributes:
         state: What has been found so far.
+        is_paused: There is no work for now.
     """
 
     def __init__(self, reader: ExactReader, timeline: Timeline, sample_rate: float) -> None:
         self.state = FidelityState()
+        self.is_paused = False
         self._reader = reader
         self._timeline = timeline
         self._sample_rate = sample_rate
@@ -123,7 +125,7 @@ class Fidelity:
     @property
     def has_work(self) -> bool:
         """Tell whether `work` has something to do."""
-        return self._comparison is not None or bool(self._waiting)
+        return not self.is_paused and (self._comparison is not None or bool(self._waiting))
 
     def begin(self, num_prompt_tokens: int) -> ServedPredictions | None:
         """Decide about a new answer; if it is taken, return what its predictions go to until `end`."""

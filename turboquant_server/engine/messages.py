@@ -40,6 +40,18 @@ class Abort:
         engine.abort_request(self.request_id)
 
 
+@dataclass(frozen=True)
+class Pause:
+    """Answers are not to be compared, or they are again: one GPU alone has that, so no other rank is told."""
+
+    is_paused: bool
+
+    def apply(self, engine: Engine) -> None:
+        """Do to an engine what this says."""
+        if engine.fidelity is not None:
+            engine.fidelity.is_paused = self.is_paused
+
+
 class RanksDisagreeError(RuntimeError):
     """The engines of two ranks have not come to the same state; nothing that they computed can be trusted."""
 
@@ -48,7 +60,7 @@ class RanksDisagreeError(RuntimeError):
 class Step:
     """What an engine is told before a step, and the state that it is in then."""
 
-    messages: Sequence[Add | Abort]
+    messages: Sequence[Add | Abort | Pause]
     state: tuple[int, ...]
 
     def apply(self, engine: Engine) -> None:

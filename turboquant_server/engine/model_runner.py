@@ -23,7 +23,7 @@ from turboquant_core import (
     forward_context,
     upload,
 )
-from turboquant_server.engine.decode_graphs import DecodeGraphs
+from turboquant_server.engine.decode_graphs import DecodeGraphs, capture_graphs
 from turboquant_server.engine.model_forward import ModelForward
 from turboquant_server.engine.pending_step import PendingStep, StepResult
 from turboquant_server.engine.prompt_scorer import PromptScorer
@@ -96,17 +96,12 @@ class ModelRunner:
 
     @torch.inference_mode()
     def capture_graphs(self, max_batch: int, max_model_len: int) -> None:
-        """Let decode steps run as CUDA graphs; if that fails, they do not, and the log says why."""
+        """Let decode steps run as CUDA graphs; if that fails on a rank, they do not, and the log says why."""
         self._store.warm_up()
-        try:
-            self.graphs = DecodeGraphs(
-                self._decode, self._store, self._states, self._buffers, max_batch, max_model_len
-            )
-        except Exception as error:  # whatever a model does that a graph cannot
-            reason = str(error).partition("\n")[0]
-            logger.warning("decode steps run without CUDA graphs: %s (%s)", reason, type(error).__name__)
-        if not self._ranks.smallest(self.graphs is not None):
-            self.graphs = None
+        sizes = max_batch, max_model_len
+        self.graphs = capture_graphs(
+            self._decode, self._store, self._states, self._buffers, *sizes, self._ranks
+        )
 
     @torch.inference_mode()
     def launch(self, batch: ScheduledBatch) -> PendingStep:

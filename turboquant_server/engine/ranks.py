@@ -20,9 +20,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from turboquant_server.engine.grammar import GrammarError
+from turboquant_server.load_error import ModelLoadError
 
 # Ranks wait for each other while weights are read, and in a step. While there is none, nothing waits here.
 TIMEOUT = timedelta(minutes=30)
+# For what they do on their own meanwhile, such as to capture graphs.
+MEETING_TIMEOUT = timedelta(minutes=5)
 LOOPBACK = "127.0.0.1"
 
 _T = TypeVar("_T")
@@ -59,6 +62,8 @@ class Ranks:
         self._port = port
         self._listener = listener
         self._start_others = start_others
+        self._store: Any = None
+        self._num_meetings = 0
         self._num_threads: int | None = None  # those that one rank would have
 
     def join(self) -> None:
@@ -77,11 +82,12 @@ class Ranks:
         os.environ["LOCAL_RANK"] = str(self.rank)  # by which transformers knows its GPU
         is_first = self._listener is not None
         descriptor = None if self._listener is None else self._listener.detach()
+        self._store = dist.TCPStore(
+            LOOPBACK, self._port, self.size, is_first, TIMEOUT, False, master_listen_fd=descriptor
+        )
         dist.init_process_group(
             "nccl" if is_cuda else "gloo",
-            store=dist.TCPStore(
-                LOOPBACK, self._port, self.size, is_first, TIMEOUT, False, master_listen_fd=descriptor
-            ),
+            store=self._store,
             rank=self.rank,
             world_size=self.size,
             timeout=TIMEOUT,
@@ -93,6 +99,7 @@ class Ranks:
         """Undo `join`, or give it up."""
         if self.has_joined:
             dist.destroy_process_group()
+        self._store = None
         if self._listener is not None:
             self._listener.close()
         if self._num_threads is not None:
@@ -114,6 +121,31 @@ class Ranks:
         values = [value]
         dist.broadcast_object_list(values, src=0, device=self.device)
         return values[0]
+
+    def any_failure(self, failure: str) -> str:
+        """Return why a rank cannot use CUDA graphs, or nothing if all can.
+
+        They meet on the host, as a failure of one may leave others waiting for it on their devices.
+
+        Args:
+            failure: Why this one cannot, if so.
+
+        Raises:
+            ModelLoadError: Some do not come.
+        """
+        if self._store is None:
+            return failure
+        self._num_meetings += 1
+        names = [f"failure {self._num_meetings} of {rank}" for rank in range(self.size)]
+        self._store.set(names[self.rank], failure)
+        try:
+            self._store.wait(names, MEETING_TIMEOUT)
+        except dist.DistStoreError as error:
+            reason = f" ({failure})" if failure else ""
+            raise ModelLoadError(
+                f"CUDA graphs cannot be captured on all GPUs{reason}; start with --enforce-eager"
+            ) from error
+        return next(filter(None, (self._store.get(name).decode() for name in names)), "")
 
     def take_first(self, tensor: Tensor) -> Tensor:
         """Overwrite a tensor with the first rank's, without waiting for the device, and return it."""
