@@ -209,7 +209,7 @@ def test_an_engine_that_is_taken_away_meanwhile_is_cut_off(killed: list[bool]) -
 
         def __init__(self) -> None:
             self.leaving = threading.Lock()
-            self.engine: Any = SimpleNamespace(shutdown=lambda: cut_off.append(True))
+            self.engine: Any = SimpleNamespace(shutdown=lambda timeout: cut_off.append(True))
 
         @property
         def is_ready(self) -> bool:
