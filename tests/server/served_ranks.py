@@ -16,7 +16,7 @@ from pathlib import Path
 from openai import OpenAI
 
 ROOT = Path(__file__).parents[2]
-START_SECONDS, END_SECONDS, TIMEOUT = 90, 30, 30
+START_SECONDS, END_SECONDS, TIMEOUT = 150, 30, 30
 
 
 @dataclass(frozen=True)
