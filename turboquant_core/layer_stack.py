@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +15,7 @@ from turboquant_core.config import BLOCK_SIZE
 from turboquant_core.reference import Codec
 
 
-@dataclass(frozen=True)
-class LayerStack:
+class LayerStack(NamedTuple):
     """Layers with the same sizes, and codecs that differ in nothing but transforms.
 
     Attributes:

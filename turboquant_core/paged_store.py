@@ -277,12 +277,15 @@ class PagedStore:
             for places, new in zip(exact, (keys, values), strict=True):
                 kept = torch.where(is_token, new[plan.kept_rows], 0).to(places.dtype)
                 places[plan.kept_slots, :, plan.kept_places] = kept
-        records = self.records[layer_idx][None]
         if plan.new_block_ids.numel():
-            new_keys, new_values = (states.transpose(0, 1)[None, None] for states in (keys, values))
+            records = self.records[layer_idx][None]
+            new_keys, new_values = (
+                states.view(1, 1, *states.shape).transpose(2, 3) for states in (keys, values)
+            )
             stack = LayerStack([layer_idx], records, new_keys, new_values)
             self._make_blocks(stack, plan.new_slots, plan.new_rows, plan.new_block_ids)
         if plan.ring_block_ids.numel():
+            records = self.records[layer_idx][None]
             stack = LayerStack([layer_idx], records, exact[0][None], exact[1][None])
             self._make_blocks(stack, plan.ring_slots, plan.ring_places, plan.ring_block_ids)
 

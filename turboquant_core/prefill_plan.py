@@ -9,8 +9,8 @@ device has all requests' numbers one after another, so that each thing is done f
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -101,6 +101,7 @@ class PrefillPlan:
         ring_places: ``[num_of_ring]``, and the first token's place.
         num_seen_by_all: Tokens of the first of `block_ids`, all of which each of the step's tokens sees; 0 if
             there are several runs.
+        shared: What a layer makes and those after it use again, by what it is made for.
     """
 
     table: Tensor
@@ -119,6 +120,7 @@ class PrefillPlan:
     ring_places: Tensor
     num_seen_by_all: int
     _drafts: Sequence[_Draft]
+    shared: dict[Hashable, Any] = field(default_factory=dict)
 
     @cached_property
     def new_slots(self) -> Tensor:
@@ -128,9 +130,8 @@ class PrefillPlan:
     @cached_property
     def runs(self) -> list[PrefillRun]:
         """The runs, each with its part of the tensors."""
-        runs = []
+        runs, visible = [], self.first_visible
         for draft in self._drafts:
-            visible = self.first_visible
             runs.append(
                 PrefillRun(
                     draft.chunks,

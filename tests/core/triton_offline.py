@@ -29,7 +29,7 @@ from turboquant_core.block_quantizer import KEY_SCALE, VALUE_SCALE, BlockQuantiz
 from turboquant_core.exact_codec import ExactCodec
 from turboquant_core.kernels.triton_decode import decode
 from turboquant_core.kernels.triton_encode import encode_blocks
-from turboquant_core.kernels.triton_found import add_found, nothing_found
+from turboquant_core.kernels.triton_found import Found, add_found
 from turboquant_core.kernels.triton_keep import keep_tokens
 from turboquant_core.kernels.triton_multiply import multiply
 from turboquant_core.kernels.triton_prefill import attend_exact, attend_stored
@@ -108,7 +108,7 @@ def launch(shape: Launch) -> None:
         kept_places=integers[0],
     )
     keep_tokens(*new, (keys, values), plan)
-    found = nothing_found(2, num_heads, shape.value_dim, numbers.device)
+    found = Found(torch.zeros(2, num_heads, shape.value_dim), torch.zeros(2, num_heads))
     attend_exact(queries, new, (keys, values), found, plan, options)
     by_token = [states.transpose(0, 1) for states in stored]
     attend_stored(queries, *by_token, slice(0, 2), found, plan, options, continues=True)

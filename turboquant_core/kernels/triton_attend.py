@@ -8,6 +8,7 @@ import triton
 from triton import language as tl
 
 from turboquant_core.kernels.triton_exact import LOWEST, attend_exact, capped
+from turboquant_core.kernels.triton_launch import quick_launch
 from turboquant_core.kernels.triton_levels import read_levels
 from turboquant_core.kernels.triton_places import key_words, mean_places_of, norm_places_of, value_words
 
@@ -154,6 +155,7 @@ _TABLES = [
 ]
 
 
+@quick_launch
 @triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=_TABLES)
 def attend(
     queries,

@@ -18,6 +18,7 @@ from triton import language as tl
 from turboquant_core.block_codec import BlockCodec
 from turboquant_core.kernels.triton_attend import MAX_SPLITS, MIN_SPLIT, attend, blocks_per_split
 from turboquant_core.kernels.triton_exact import EXACT_SPLIT, LOG2_E, LOWEST
+from turboquant_core.kernels.triton_launch import cdiv, next_power_of_2, quick_launch
 from turboquant_core.kernels.triton_levels import level_curve
 from turboquant_core.kernels.triton_multiply import multiply
 from turboquant_core.kernels.triton_places import starts_of
@@ -57,82 +58,80 @@ def decode(
     num_kv_heads, value_dim = keys.shape[1], values.shape[3]
     group_size = num_heads // num_kv_heads
     queries = queries.contiguous()
-    num_exact_splits = triton.cdiv(timeline.num_exact, EXACT_SPLIT.value)
-    num_splits = num_exact_splits + min(
-        MAX_SPLITS.value, triton.cdiv(tables.block_tables.shape[1], MIN_SPLIT.value)
-    )
+    num_exact_splits = cdiv(timeline.num_exact, EXACT_SPLIT.value)
+    num_splits = num_exact_splits + min(MAX_SPLITS.value, cdiv(tables.block_tables.shape[1], MIN_SPLIT.value))
     softcap = options.softcap
     scale = options.softmax_scale * LOG2_E.value if softcap is None else options.softmax_scale / softcap
     key_curve, key_unit = level_curve(codec.key_quantizer.dim, codec.key_quantizer.bits)
     value_curve, value_unit = level_curve(codec.value_quantizer.dim, codec.value_quantizer.bits)
     shape = {
         "VALUE_DIM": value_dim,
-        "VALUE_COLS": triton.next_power_of_2(value_dim),
+        "VALUE_COLS": next_power_of_2(value_dim),
         "NUM_EXACT_SPLITS": num_exact_splits,
     }
     partial_sums = torch.empty(batch, num_heads, num_splits, value_dim, device=queries.device)
     partial_stats = torch.empty(batch, num_heads, num_splits, 2, device=queries.device)
     exact_sums, stored_sums = torch.empty(2, batch, num_heads, value_dim, device=queries.device)
-    with torch.cuda.device_of(queries):
-        _, _, key_matrices = codec.key_quantizer.transform.matrices(queries.device)
-        stored_queries = multiply(queries, key_matrices, num_kv_heads, torch.float32)
-        attend[(num_splits, num_kv_heads, batch)](
-            queries,
-            stored_queries,
-            keys,
-            values,
-            records.view(torch.int32),
-            records.view(torch.float16),
-            records.view(torch.int8),
-            tables.slots,
-            tables.positions,
-            tables.exact_starts,
-            tables.first_visible,
-            tables.block_tables,
-            tables.block_starts,
-            tables.num_blocks,
-            partial_sums,
-            partial_stats,
-            tables.block_tables.stride(0),
-            num_kv_heads,
-            scale,
-            0.0 if softcap is None else softcap * LOG2_E.value,
-            key_unit,
-            value_unit,
-            HAS_SOFTCAP=softcap is not None,
-            GROUP=group_size,
-            ROWS=max(16, triton.next_power_of_2(group_size)),
-            KEY_DIM=key_dim,
-            KEY_COLS=triton.next_power_of_2(key_dim),
-            KEY_BITS=codec.key_quantizer.bits,
-            KEY_CURVE=key_curve,
-            VALUE_BITS=codec.value_quantizer.bits,
-            VALUE_CURVE=value_curve,
-            STARTS=starts_of(key_dim, codec.key_quantizer.bits, value_dim, codec.value_quantizer.bits),
-            NUM_SINKS=timeline.num_sinks,
-            RING_SIZE=timeline.ring_size,
-            num_warps=8 if max(key_dim, value_dim) > 128 else 4,
-            num_stages=2,  # three would take more memory than a small GPU has
-            IN_FLOAT32=torch.float32 in (queries.dtype, keys.dtype) or queries.dtype != keys.dtype,
-            **shape,
-        )
-        sinks = options.sink_scores
-        _merge[(num_heads, batch)](
-            partial_sums,
-            partial_stats,
-            tables.num_blocks,
-            sinks.float().contiguous() if sinks is not None else partial_stats,
-            exact_sums,
-            stored_sums,
-            num_splits,
-            HAS_SINKS=sinks is not None,
-            TILE=16,
-            **shape,
-        )
-        _, value_matrices, _ = codec.value_quantizer.transform.matrices(queries.device)
-        return multiply(stored_sums, value_matrices, num_kv_heads, queries.dtype, exact_sums)
+    _, _, key_matrices = codec.key_quantizer.transform.matrices(queries.device)
+    stored_queries = multiply(queries, key_matrices, num_kv_heads, torch.float32)
+    attend[(num_splits, num_kv_heads, batch)](
+        queries,
+        stored_queries,
+        keys,
+        values,
+        records.view(torch.int32),
+        records.view(torch.float16),
+        records.view(torch.int8),
+        tables.slots,
+        tables.positions,
+        tables.exact_starts,
+        tables.first_visible,
+        tables.block_tables,
+        tables.block_starts,
+        tables.num_blocks,
+        partial_sums,
+        partial_stats,
+        tables.block_tables.stride(0),
+        num_kv_heads,
+        scale,
+        0.0 if softcap is None else softcap * LOG2_E.value,
+        key_unit,
+        value_unit,
+        HAS_SOFTCAP=softcap is not None,
+        GROUP=group_size,
+        ROWS=max(16, next_power_of_2(group_size)),
+        KEY_DIM=key_dim,
+        KEY_COLS=next_power_of_2(key_dim),
+        KEY_BITS=codec.key_quantizer.bits,
+        KEY_CURVE=key_curve,
+        VALUE_BITS=codec.value_quantizer.bits,
+        VALUE_CURVE=value_curve,
+        STARTS=starts_of(key_dim, codec.key_quantizer.bits, value_dim, codec.value_quantizer.bits),
+        NUM_SINKS=timeline.num_sinks,
+        RING_SIZE=timeline.ring_size,
+        num_warps=8 if max(key_dim, value_dim) > 128 else 4,
+        num_stages=2,  # three would take more memory than a small GPU has
+        IN_FLOAT32=torch.float32 in (queries.dtype, keys.dtype) or queries.dtype != keys.dtype,
+        **shape,
+    )
+    sinks = options.sink_scores
+    _merge[(num_heads, batch)](
+        partial_sums,
+        partial_stats,
+        tables.num_blocks,
+        sinks.float().contiguous() if sinks is not None else partial_stats,
+        exact_sums,
+        stored_sums,
+        num_splits,
+        HAS_SINKS=sinks is not None,
+        TILE=16,
+        **shape,
+    )
+    _, value_matrices, _ = codec.value_quantizer.transform.matrices(queries.device)
+    return multiply(stored_sums, value_matrices, num_kv_heads, queries.dtype, exact_sums)
 
 
+@quick_launch
 @triton.jit(do_not_specialize=["num_splits"], do_not_specialize_on_alignment=["num_blocks"])
 def _merge(
     partial_sums,

@@ -13,6 +13,7 @@ import triton
 from triton import language as tl
 
 from turboquant_core.kernels.triton_exact import LOWEST, capped
+from turboquant_core.kernels.triton_launch import quick_launch
 
 # Kinds of keys: exact ones before the new tokens, those tokens themselves, and what blocks give.
 _HELD = tl.constexpr(0)
@@ -95,6 +96,7 @@ def _attend_keys(
     return top, denominator, sums
 
 
+@quick_launch
 @triton.jit(
     do_not_specialize=["first_of_piece", "blocks_of_piece", "first_key", "group"],
     do_not_specialize_on_alignment=["table", "tiles", "exact_starts", "all_first_visible", "held_places"],

@@ -8,6 +8,7 @@ have the order of `triton_store.spread`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +19,8 @@ from triton import language as tl
 
 from turboquant_core.block_codec import BlockCodec
 from turboquant_core.block_quantizer import TRIAL_LENGTHS, BlockQuantizer
-from turboquant_core.kernels.triton_places import starts_of
+from turboquant_core.kernels.triton_launch import quick_launch
+from turboquant_core.kernels.triton_places import parts_of, starts_of
 from turboquant_core.kernels.triton_quantize import constants, magnitudes_of, scale_factor, search
 from turboquant_core.kernels.triton_store import (
     byte_bits,
@@ -61,49 +63,53 @@ def encode_blocks(
         codecs: What records of each layer are made by; they differ in nothing but transforms.
     """
     num_layers, _, num_kv_heads = keys.shape[:3]
-    num_blocks = len(block_ids)
+    num_blocks = block_ids.shape[0]
     if not num_blocks:
         return
-    key_quantizer, value_quantizer = codecs[0].key_quantizer, codecs[0].value_quantizer
+    parts_and_units, options = _options(tuple(codecs), keys.device)
+    _encode[(num_blocks, num_kv_heads * num_layers, 2)](
+        keys,
+        values,
+        rows,
+        starts,
+        block_ids,
+        *parts_and_units,
+        records,
+        num_kv_heads,
+        records.shape[1],
+        *keys.stride(),
+        *values.stride(),
+        **options,
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _options(
+    codecs: tuple[BlockCodec, ...], device: torch.device
+) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """Return the matrices' parts of keys and of values, their units, and what the kernel is compiled for."""
+    quantizers = codecs[0].key_quantizer, codecs[0].value_quantizer
+    key_quantizer, value_quantizer = quantizers
     key_transforms = tuple(codec.key_quantizer.transform for codec in codecs)
     value_transforms = tuple(codec.value_quantizer.transform for codec in codecs)
-    key_parts, key_units = matrix_parts(key_transforms, KEYS, keys.device)
-    value_parts, value_units = matrix_parts(value_transforms, VALUES, keys.device)
-    key_constants, value_constants = (constants(q.dim, q.bits) for q in (key_quantizer, value_quantizer))
-    with torch.cuda.device_of(records):
-        _encode[(num_blocks, num_kv_heads * num_layers, 2)](
-            keys,
-            values,
-            rows,
-            starts,
-            block_ids,
-            key_parts,
-            value_parts,
-            key_units,
-            value_units,
-            records.view(torch.int32),
-            records.view(torch.float16),
-            records.view(torch.int8),
-            num_kv_heads,
-            records.shape[1],
-            *keys.stride(),
-            *values.stride(),
-            KEYS_PER_HEAD=key_units.shape[1] > 1,
-            VALUES_PER_HEAD=value_units.shape[1] > 1,
-            KEY_SETTINGS=_settings(key_quantizer),
-            KEY_BOUNDARIES=key_constants.boundaries,
-            KEY_DIGITS=key_constants.digits,
-            VALUE_SETTINGS=_settings(value_quantizer),
-            VALUE_BOUNDARIES=value_constants.boundaries,
-            VALUE_DIGITS=value_constants.digits,
-            LENGTHS=TRIAL_LENGTHS,
-            STARTS=starts_of(
-                key_quantizer.dim, key_quantizer.bits, value_quantizer.dim, value_quantizer.bits
-            ),
-            # With 8 warps, numbers of a small head come out wrong on a GPU (3 bits of 64 values, triton 3.6).
-            num_warps=8 if min(key_quantizer.dim, value_quantizer.dim) > 128 else 4,
-            num_stages=2,
-        )
+    key_parts, key_units = matrix_parts(key_transforms, KEYS, device)
+    value_parts, value_units = matrix_parts(value_transforms, VALUES, device)
+    key_constants, value_constants = (constants(q.dim, q.bits) for q in quantizers)
+    return (key_parts, value_parts, key_units, value_units), {
+        "KEYS_PER_HEAD": key_units.shape[1] > 1,
+        "VALUES_PER_HEAD": value_units.shape[1] > 1,
+        "KEY_SETTINGS": _settings(key_quantizer),
+        "KEY_BOUNDARIES": key_constants.boundaries,
+        "KEY_DIGITS": key_constants.digits,
+        "VALUE_SETTINGS": _settings(value_quantizer),
+        "VALUE_BOUNDARIES": value_constants.boundaries,
+        "VALUE_DIGITS": value_constants.digits,
+        "LENGTHS": TRIAL_LENGTHS,
+        "STARTS": starts_of(key_quantizer.dim, key_quantizer.bits, value_quantizer.dim, value_quantizer.bits),
+        # With 8 warps, numbers of a small head come out wrong on a GPU (3 bits of 64 values, triton 3.6).
+        "num_warps": 8 if min(key_quantizer.dim, value_quantizer.dim) > 128 else 4,
+        "num_stages": 2,
+    }
 
 
 def _settings(quantizer: BlockQuantizer) -> tuple[Any, ...]:
@@ -182,6 +188,7 @@ def _encode_tokens(
         tl.store(words + places, tl.zeros([2, 4], tl.int32), padding < (HALF_BYTES - STARTS[6]) // 4)
 
 
+@quick_launch
 @triton.jit(do_not_specialize_on_alignment=["rows", "starts", "block_ids"])
 def _encode(
     keys,
@@ -193,9 +200,7 @@ def _encode(
     value_parts,
     key_units,
     value_units,
-    words,
-    halves,
-    integers,
+    records,
     num_kv_heads,
     num_records,
     key_layer_stride,
@@ -228,6 +233,7 @@ def _encode(
     row = tl.load(rows + block).to(tl.int64)
     start = tl.load(starts + block).to(tl.int64)
     record = ((layer * num_records + block_id) * num_kv_heads + head) * (2 * STARTS[7])
+    words, halves, integers = parts_of(records)
     if tl.program_id(2) == 0:
         matrix = layer * num_kv_heads + head if KEYS_PER_HEAD else layer
         _encode_tokens(

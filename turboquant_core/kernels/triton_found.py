@@ -6,12 +6,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 from torch import Tensor
 from triton import language as tl
 
 from turboquant_core.kernels.triton_exact import LOG2_E
+from turboquant_core.kernels.triton_launch import cdiv, next_power_of_2, quick_launch
 
 
 class Found(NamedTuple):
@@ -26,12 +26,6 @@ class Found(NamedTuple):
     weights: Tensor
 
 
-def nothing_found(num_tokens: int, num_heads: int, value_dim: int, device: torch.device) -> Found:
-    """Return what the first call writes to; nothing in it is read."""
-    averages = torch.empty(num_tokens, num_heads, value_dim, device=device)
-    return Found(averages, torch.empty(num_tokens, num_heads, device=device))
-
-
 def add_found(found: Found, averages: Tensor, weights: Tensor) -> None:
     """Add what has been found elsewhere.
 
@@ -42,20 +36,20 @@ def add_found(found: Found, averages: Tensor, weights: Tensor) -> None:
     """
     num_tokens, num_heads, value_dim = found.averages.shape
     rows = 16
-    with torch.cuda.device_of(averages):
-        _add[(triton.cdiv(num_tokens, rows), num_heads)](
-            found.averages,
-            found.weights,
-            averages,
-            weights,
-            num_tokens,
-            *averages.stride()[:2],
-            DIM=value_dim,
-            COLS=triton.next_power_of_2(value_dim),
-            ROWS=rows,
-        )
+    _add[(cdiv(num_tokens, rows), num_heads)](
+        found.averages,
+        found.weights,
+        averages,
+        weights,
+        num_tokens,
+        *averages.stride()[:2],
+        DIM=value_dim,
+        COLS=next_power_of_2(value_dim),
+        ROWS=rows,
+    )
 
 
+@quick_launch
 @triton.jit(do_not_specialize=["num_tokens"])
 def _add(
     averages,

@@ -4,11 +4,11 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 from torch import Tensor
 from triton import language as tl
 
+from turboquant_core.kernels.triton_launch import cdiv, next_power_of_2, quick_launch
 from turboquant_core.prefill_plan import PrefillPlan
 
 _ROWS = 16
@@ -24,28 +24,28 @@ def keep_tokens(keys: Tensor, values: Tensor, exact: tuple[Tensor, Tensor], plan
         plan: Which tokens go where.
     """
     exact_keys, exact_values = exact
-    num_kept, dims = len(plan.kept_rows), (keys.shape[2], values.shape[2])
-    with torch.cuda.device_of(keys):
-        _keep[(triton.cdiv(num_kept, _ROWS), keys.shape[1])](
-            keys,
-            values,
-            exact_keys,
-            exact_values,
-            plan.kept_rows,
-            plan.kept_slots,
-            plan.kept_places,
-            num_kept,
-            *keys.stride()[:2],
-            *values.stride()[:2],
-            *exact_keys.stride()[:3],
-            *exact_values.stride()[:3],
-            KEY_DIM=dims[0],
-            VALUE_DIM=dims[1],
-            COLS=triton.next_power_of_2(max(dims)),
-            ROWS=_ROWS,
-        )
+    num_kept, dims = plan.kept_rows.shape[0], (keys.shape[2], values.shape[2])
+    _keep[(cdiv(num_kept, _ROWS), keys.shape[1])](
+        keys,
+        values,
+        exact_keys,
+        exact_values,
+        plan.kept_rows,
+        plan.kept_slots,
+        plan.kept_places,
+        num_kept,
+        *keys.stride()[:2],
+        *values.stride()[:2],
+        *exact_keys.stride()[:3],
+        *exact_values.stride()[:3],
+        KEY_DIM=dims[0],
+        VALUE_DIM=dims[1],
+        COLS=next_power_of_2(max(dims)),
+        ROWS=_ROWS,
+    )
 
 
+@quick_launch
 @triton.jit(
     do_not_specialize=["num_kept"],
     do_not_specialize_on_alignment=["kept_rows", "kept_slots", "kept_places"],

@@ -11,6 +11,8 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
+from turboquant_core.kernels.triton_launch import cdiv, quick_launch
+
 
 def multiply(
     vectors: Tensor,
@@ -44,29 +46,29 @@ def multiply(
     precision = "bf16x6" if dtype == torch.float32 else "bf16x3"
     if triton.knobs.runtime.interpret:  # which knows no other
         precision = "ieee"
-    with torch.cuda.device_of(vectors):
-        _multiply[(triton.cdiv(num_rows, rows), num_kv_heads, triton.cdiv(dim, cols))](
-            vectors,
-            matrices,
-            vectors if added is None else added,
-            *[*weights, vectors, vectors, vectors][:3],
-            products,
-            num_rows,
-            num_kv_heads,
-            *vectors.stride()[:2],
-            0 if len(matrices) == 1 else dim * dim,
-            HAS_ADDED=added is not None,
-            NUM_WEIGHTS=len(weights),
-            GROUP=num_heads // num_kv_heads,
-            DIM=dim,
-            ROWS=rows,
-            COLS=cols,
-            INNER=32,
-            PRECISION=precision,
-        )
+    _multiply[(cdiv(num_rows, rows), num_kv_heads, cdiv(dim, cols))](
+        vectors,
+        matrices,
+        vectors if added is None else added,
+        *[*weights, vectors, vectors, vectors][:3],
+        products,
+        num_rows,
+        num_kv_heads,
+        *vectors.stride()[:2],
+        0 if matrices.shape[0] == 1 else dim * dim,
+        HAS_ADDED=added is not None,
+        NUM_WEIGHTS=len(weights),
+        GROUP=num_heads // num_kv_heads,
+        DIM=dim,
+        ROWS=rows,
+        COLS=cols,
+        INNER=32,
+        PRECISION=precision,
+    )
     return products
 
 
+@quick_launch
 @triton.jit(do_not_specialize=["num_rows"])
 def _multiply(
     vectors,

@@ -23,6 +23,13 @@ def starts_of(key_dim: int, key_bits: int, value_dim: int, value_bits: int) -> t
 
 
 @triton.jit
+def parts_of(records):
+    """Return where records begin as 32-bit words, as float16 numbers and as int8 numbers."""
+    words = records.to(tl.pointer_type(tl.int32))
+    return words, records.to(tl.pointer_type(tl.float16)), records.to(tl.pointer_type(tl.int8))
+
+
+@triton.jit
 def key_words(DIM: tl.constexpr, COLS: tl.constexpr, STARTS: tl.constexpr):
     """Return tiles, lanes and offsets of words of keys, and which there are.
 

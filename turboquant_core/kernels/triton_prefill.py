@@ -9,8 +9,10 @@ stored in; queries are brought there, and averages back.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
+from typing import NamedTuple, TypeVar, cast
+
 import torch
-import triton
 from torch import Tensor
 
 from turboquant_core.config import BLOCK_SIZE
@@ -18,11 +20,14 @@ from turboquant_core.exact_codec import ExactCodec
 from turboquant_core.kernels.cudnn_past import attend_past
 from turboquant_core.kernels.triton_dense import attend_dense
 from turboquant_core.kernels.triton_exact import LOG2_E
-from turboquant_core.kernels.triton_found import Found, nothing_found
+from turboquant_core.kernels.triton_found import Found
+from turboquant_core.kernels.triton_launch import next_power_of_2
 from turboquant_core.kernels.triton_multiply import multiply
 from turboquant_core.kernels.triton_read import read_blocks
 from turboquant_core.prefill_plan import TILE_SIZE, PrefillPlan
 from turboquant_core.reference import AttentionOptions, Codec
+
+T = TypeVar("T")
 
 # Numbers of keys and values that are read at once; in 16 bits they stay in the L2 cache until they are used.
 _SCRATCH_NUMBERS = 2**24
@@ -111,45 +116,44 @@ def _launch(
     rows = 32 if in_float32 else TILE_SIZE
     softcap, scale = options.softcap, options.softmax_scale
     has_window = plan.first_visible is not None
-    with torch.cuda.device_of(queries):
-        attend_dense[(len(plan.tiles) * (TILE_SIZE // rows), num_heads)](
-            queries,
-            keys,
-            values,
-            slot_keys,
-            slot_values,
-            found.averages,
-            found.weights,
-            plan.table,
-            plan.tiles,
-            plan.exact_starts,
-            plan.first_visible if has_window else plan.exact_starts,
-            plan.held_places,
-            piece.start,
-            piece.stop - piece.start,
-            first_key,
-            num_heads // num_kv_heads,
-            *queries.stride()[:2],
-            *keys.stride()[:2],
-            *values.stride()[:2],
-            *slot_keys.stride()[:3],
-            *slot_values.stride()[:3],
-            scale * LOG2_E.value if softcap is None else scale / softcap,
-            0.0 if softcap is None else softcap * LOG2_E.value,
-            HAS_SOFTCAP=softcap is not None,
-            HAS_WINDOW=has_window,
-            IS_EXACT=is_exact,
-            CONTINUES=continues,
-            KEY_DIM=key_dim,
-            KEY_COLS=triton.next_power_of_2(key_dim),
-            VALUE_DIM=value_dim,
-            VALUE_COLS=triton.next_power_of_2(value_dim),
-            TILE_SIZE=TILE_SIZE,
-            ROWS=rows,
-            COLS=32 if is_wide else rows,
-            num_warps=8 if is_wide else 4,
-            num_stages=1 if in_float32 else 2 if is_wide or torch.version.hip else 3,
-        )
+    attend_dense[(plan.tiles.shape[0] * (TILE_SIZE // rows), num_heads)](
+        queries,
+        keys,
+        values,
+        slot_keys,
+        slot_values,
+        found.averages,
+        found.weights,
+        plan.table,
+        plan.tiles,
+        plan.exact_starts,
+        plan.first_visible if has_window else plan.exact_starts,
+        plan.held_places,
+        piece.start,
+        piece.stop - piece.start,
+        first_key,
+        num_heads // num_kv_heads,
+        *queries.stride()[:2],
+        *keys.stride()[:2],
+        *values.stride()[:2],
+        *slot_keys.stride()[:3],
+        *slot_values.stride()[:3],
+        scale * LOG2_E.value if softcap is None else scale / softcap,
+        0.0 if softcap is None else softcap * LOG2_E.value,
+        HAS_SOFTCAP=softcap is not None,
+        HAS_WINDOW=has_window,
+        IS_EXACT=is_exact,
+        CONTINUES=continues,
+        KEY_DIM=key_dim,
+        KEY_COLS=next_power_of_2(key_dim),
+        VALUE_DIM=value_dim,
+        VALUE_COLS=next_power_of_2(value_dim),
+        TILE_SIZE=TILE_SIZE,
+        ROWS=rows,
+        COLS=32 if is_wide else rows,
+        num_warps=8 if is_wide else 4,
+        num_stages=1 if in_float32 else 2 if is_wide or torch.version.hip else 3,
+    )
 
 
 def prefill(
@@ -177,25 +181,37 @@ def prefill(
     """
     num_tokens, num_heads, _ = queries.shape
     _, num_kv_heads, value_dim = new[1].shape
-    found = nothing_found(num_tokens, num_heads, value_dim, queries.device)
+    sizes, device = (num_tokens, num_heads, value_dim), queries.device
+    weights, stored_weights = _once(plan, _weights, num_heads)
+    found = Found(torch.empty(sizes, device=device), weights)
     attend_exact(queries, new, exact, found, plan, options)
     if isinstance(codec, ExactCodec):
         _attend_blocks(queries, records, found, plan, codec, options, value_dim, continues=True)
     elif plan.block_ids.numel():
-        _, _, key_matrices = codec.key_quantizer.transform.matrices(queries.device)
-        _, value_matrices, _ = codec.value_quantizer.transform.matrices(queries.device)
-        stored = nothing_found(num_tokens, num_heads, value_dim, queries.device)
+        _, _, key_matrices = codec.key_quantizer.transform.matrices(device)
+        _, value_matrices, _ = codec.value_quantizer.transform.matrices(device)
+        stored = Found(torch.empty(sizes, device=device), stored_weights)
         stored_queries = multiply(queries, key_matrices, num_kv_heads, queries.dtype)
         _attend_blocks(stored_queries, records, stored, plan, codec, options, value_dim, continues=False)
-        weights = [stored.weights, found.weights]
+        all_weights = [stored.weights, found.weights]
         if options.sink_scores is not None:
-            weights.append(options.sink_scores.float() * LOG2_E.value)
-        return multiply(stored.averages, value_matrices, num_kv_heads, queries.dtype, found.averages, weights)
+            all_weights.append(options.sink_scores.float() * LOG2_E.value)
+        return multiply(
+            stored.averages, value_matrices, num_kv_heads, queries.dtype, found.averages, all_weights
+        )
     averages = found.averages
     if options.sink_scores is not None:
         total = torch.logaddexp2(found.weights, options.sink_scores.float() * LOG2_E.value)
         averages = averages * (found.weights - total).exp2().unsqueeze(-1)
     return averages.to(queries.dtype)
+
+
+def _once(plan: PrefillPlan, make: Callable[..., T], *arguments: Hashable) -> T:
+    """Return what a function makes of a plan, made for the first layer that asks; layers use it in turn."""
+    made = plan.shared.get((make, arguments))
+    if made is None:
+        made = plan.shared[make, arguments] = make(plan, *arguments)
+    return cast("T", made)
 
 
 def _attend_blocks(
@@ -210,19 +226,56 @@ def _attend_blocks(
     continues: bool,
 ) -> None:
     """Attend to blocks as they are stored, with queries for that; see `attend_stored`."""
-    key_dim, num_kv_heads = queries.shape[-1], records.shape[1]
-    most_blocks = max(1, _SCRATCH_NUMBERS // (BLOCK_SIZE * num_kv_heads * (key_dim + value_dim)))
-    num_blocks = len(plan.block_ids)
-    for first in range(0, num_blocks, most_blocks):
-        piece = slice(first, min(num_blocks, first + most_blocks))
-        sizes = num_kv_heads, BLOCK_SIZE * (piece.stop - first)
-        # A head's numbers lie together.
-        keys, values = queries.new_empty(*sizes, key_dim), queries.new_empty(*sizes, value_dim)
-        read_blocks(records, plan.block_ids[piece], codec, keys, values)
-        continues = continues or first > 0
-        num_attended = attend_past(queries, keys, values, piece, found, plan, options, continues=continues)
+    sizes = records.shape[1], queries.shape[-1], value_dim
+    for blocks, block_ids, keys, values, by_token in _once(plan, _pieces, *sizes, queries.dtype):
+        read_blocks(records, block_ids, codec, keys, values)
+        continues = continues or blocks.start > 0
+        num_attended = attend_past(queries, keys, values, blocks, found, plan, options, continues=continues)
         if num_attended == keys.shape[1]:
             continue
         continues = continues or num_attended > 0
+        attend_stored(queries, *by_token, blocks, found, plan, options, num_attended, continues=continues)
+
+
+class _Piece(NamedTuple):
+    """Blocks that are read at a time.
+
+    Attributes:
+        blocks: Which of the plan's.
+        block_ids: Theirs.
+        keys: Where their keys are read to: ``[num_kv_heads, num_keys, key_dim]``, a head's lie together.
+        values: Likewise.
+        by_token: Both as ``[num_keys, num_kv_heads, dim]``.
+    """
+
+    blocks: slice
+    block_ids: Tensor
+    keys: Tensor
+    values: Tensor
+    by_token: tuple[Tensor, Tensor]
+
+
+def _pieces(
+    plan: PrefillPlan, num_kv_heads: int, key_dim: int, value_dim: int, dtype: torch.dtype
+) -> list[_Piece]:
+    """Return a plan's blocks in pieces, all of which are read to the same memory."""
+    num_blocks, device = plan.block_ids.shape[0], plan.block_ids.device
+    most_blocks = max(1, _SCRATCH_NUMBERS // (BLOCK_SIZE * num_kv_heads * (key_dim + value_dim)))
+    num_keys = BLOCK_SIZE * min(num_blocks, most_blocks)
+    all_keys, all_values = (
+        torch.empty(num_kv_heads, num_keys, dim, dtype=dtype, device=device) for dim in (key_dim, value_dim)
+    )
+    pieces = []
+    for first in range(0, num_blocks, most_blocks):
+        blocks = slice(first, min(num_blocks, first + most_blocks))
+        num_keys = BLOCK_SIZE * (blocks.stop - first)
+        keys, values = all_keys[:, :num_keys], all_values[:, :num_keys]
         by_token = keys.transpose(0, 1), values.transpose(0, 1)
-        attend_stored(queries, *by_token, piece, found, plan, options, num_attended, continues=continues)
+        pieces.append(_Piece(blocks, plan.block_ids[blocks], keys, values, by_token))
+    return pieces
+
+
+def _weights(plan: PrefillPlan, num_heads: int) -> tuple[Tensor, Tensor]:
+    """Return weights of `Found` for exact tokens and for blocks; nothing in them is read."""
+    weights = torch.empty(2, plan.exact_starts.shape[0], num_heads, device=plan.exact_starts.device)
+    return weights[0], weights[1]

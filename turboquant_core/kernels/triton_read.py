@@ -4,17 +4,21 @@
 
 from __future__ import annotations
 
-import torch
+import functools
+from typing import Any
+
 import triton
 from torch import Tensor
 from triton import language as tl
 
 from turboquant_core.exact_codec import ExactCodec
+from turboquant_core.kernels.triton_launch import next_power_of_2, quick_launch
 from turboquant_core.kernels.triton_levels import level_curve, read_levels
 from turboquant_core.kernels.triton_places import (
     key_words,
     mean_places_of,
     norm_places_of,
+    parts_of,
     starts_of,
     value_words,
 )
@@ -32,53 +36,59 @@ def read_blocks(records: Tensor, block_ids: Tensor, codec: Codec, keys: Tensor, 
         values: Likewise.
     """
     if isinstance(codec, ExactCodec):
-        with torch.cuda.device_of(records):
-            _read_plain[(len(block_ids), records.shape[1])](
-                records.view(codec.dtype),
-                block_ids,
-                keys,
-                values,
-                *keys.stride()[:2],
-                *values.stride()[:2],
-                KEY_DIM=keys.shape[2],
-                VALUE_DIM=values.shape[2],
-                COLS=triton.next_power_of_2(max(keys.shape[2], values.shape[2])),
-            )
-        return
-    key_quantizer, value_quantizer = codec.key_quantizer, codec.value_quantizer
-    key_dim, value_dim = key_quantizer.dim, value_quantizer.dim
-    key_curve, key_unit = level_curve(key_dim, key_quantizer.bits)
-    value_curve, value_unit = level_curve(value_dim, value_quantizer.bits)
-    with torch.cuda.device_of(records):
-        _read[(len(block_ids), records.shape[1])](
-            records.view(torch.int32),
-            records.view(torch.float16),
-            records.view(torch.int8),
+        _read_plain[(block_ids.shape[0], records.shape[1])](
+            records.view(codec.dtype),
             block_ids,
             keys,
             values,
             *keys.stride()[:2],
             *values.stride()[:2],
-            key_unit,
-            value_unit,
-            KEY_DIM=key_dim,
-            KEY_COLS=triton.next_power_of_2(key_dim),
-            KEY_BITS=key_quantizer.bits,
-            KEY_CURVE=key_curve,
-            VALUE_DIM=value_dim,
-            VALUE_COLS=triton.next_power_of_2(value_dim),
-            VALUE_BITS=value_quantizer.bits,
-            VALUE_CURVE=value_curve,
-            STARTS=starts_of(key_dim, key_quantizer.bits, value_dim, value_quantizer.bits),
-            num_warps=4,
+            KEY_DIM=keys.shape[2],
+            VALUE_DIM=values.shape[2],
+            COLS=next_power_of_2(max(keys.shape[2], values.shape[2])),
         )
+        return
+    key_quantizer, value_quantizer = codec.key_quantizer, codec.value_quantizer
+    units, options = _options(
+        key_quantizer.dim, key_quantizer.bits, value_quantizer.dim, value_quantizer.bits
+    )
+    _read[(block_ids.shape[0], records.shape[1])](
+        records,
+        block_ids,
+        keys,
+        values,
+        *keys.stride()[:2],
+        *values.stride()[:2],
+        *units,
+        **options,
+    )
 
 
+@functools.lru_cache(maxsize=64)
+def _options(
+    key_dim: int, key_bits: int, value_dim: int, value_bits: int
+) -> tuple[tuple[float, float], dict[str, Any]]:
+    """Return the units of keys and of values, and what the kernel is compiled for."""
+    key_curve, key_unit = level_curve(key_dim, key_bits)
+    value_curve, value_unit = level_curve(value_dim, value_bits)
+    return (key_unit, value_unit), {
+        "KEY_DIM": key_dim,
+        "KEY_COLS": triton.next_power_of_2(key_dim),
+        "KEY_BITS": key_bits,
+        "KEY_CURVE": key_curve,
+        "VALUE_DIM": value_dim,
+        "VALUE_COLS": triton.next_power_of_2(value_dim),
+        "VALUE_BITS": value_bits,
+        "VALUE_CURVE": value_curve,
+        "STARTS": starts_of(key_dim, key_bits, value_dim, value_bits),
+        "num_warps": 4,
+    }
+
+
+@quick_launch
 @triton.jit(do_not_specialize_on_alignment=["block_ids"])
 def _read(
-    words,
-    halves,
-    integers,
+    records,
     block_ids,
     keys,
     values,
@@ -102,6 +112,7 @@ def _read(
     head = tl.program_id(1).to(tl.int64)
     HALF_BYTES: tl.constexpr = STARTS[7]
     record = (tl.load(block_ids + block).to(tl.int64) * tl.num_programs(1) + head) * (2 * HALF_BYTES)
+    words, halves, integers = parts_of(records)
     words += record // 4
     halves += record // 2
     integers += record
@@ -134,6 +145,7 @@ def _read(
     tl.store(values + head * value_head_stride + places, numbers.to(values.dtype.element_ty), is_number)
 
 
+@quick_launch
 @triton.jit(do_not_specialize_on_alignment=["block_ids"])
 def _read_plain(
     numbers,

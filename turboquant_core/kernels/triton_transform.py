@@ -9,8 +9,6 @@ have the order of `triton_store.spread`.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 from torch import Tensor
@@ -28,7 +26,6 @@ _TOKEN_EXPONENT = tl.constexpr(14)
 _MAX_EXPONENT = tl.constexpr(46)
 
 
-@functools.lru_cache(maxsize=256)
 def matrix_parts(transforms: tuple[Transform, ...], kind: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the parts of transforms' matrices as the kernel reads them, and their units.
 
