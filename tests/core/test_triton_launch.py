@@ -180,7 +180,7 @@ def test_launches_are_those_of_triton(calls: list[Call], order: list[int]) -> No
         {"free": 2**31 - 1},
         {"grid": (7,)},
     ],
-    ids=str,
+    ids=" ".join,  # not of the numbers, which are what lay in memory
 )
 def test_what_triton_compiles_nothing_else_for_is_not_asked_again(
     device: Device, changes: dict[str, Any]
@@ -208,7 +208,7 @@ def test_what_triton_compiles_nothing_else_for_is_not_asked_again(
         {"num_warps": 8},
         {"num_stages": 5},
     ],
-    ids=str,
+    ids=" ".join,  # not of the numbers, which are what lay in memory
 )
 def test_what_triton_compiles_something_else_for_is_told_apart(
     device: Device, changes: dict[str, Any]
