@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import ipaddress
 import json
 import logging
@@ -104,9 +105,11 @@ def serve(config: ServerConfig) -> None:
         os.environ.setdefault(*SPIN_COUNT)
         sys.setswitchinterval(SWITCH_INTERVAL)
         # Importing torch and transformers takes seconds; an unusable address should be told before.
+        gc.disable()  # all that is made now stays: looking for garbage is a fifth of the time
         from turboquant_server.app import build_app
         from turboquant_server.model_manager import ModelManager
 
+        gc.enable()
         app = build_app(*(ModelManager(one) for one in config.of_models()))
         models = app.state.models
         server = DrainingServer(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic.fields import FieldInfo
@@ -25,6 +25,16 @@ def flag(name: str) -> str:
 
 class ConfigFileError(ValueError):
     """A file cannot be read as settings; the message is one sentence that names it."""
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
+    """Read YAML, and refuse a key that is there twice, of which YAML would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        if len(mapping) < len(node.value):
+            raise yaml.MarkedYAMLError(problem="a key is there twice", problem_mark=node.start_mark)
+        return mapping
 
 
 class ConfigFileSource(PydanticBaseSettingsSource):
@@ -51,13 +61,14 @@ def read_config_file(path: str, settings: type[BaseSettings]) -> dict[str, Any]:
         ConfigFileError: It is not there, no YAML, or has a key that is no setting.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text("utf-8"))
+        content = yaml.load(Path(path).read_text("utf-8"), _Loader)
     except OSError as error:
         raise ConfigFileError(f"--config {path}: cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
+        mark, problem = (getattr(error, name, None) for name in ("problem_mark", "problem"))
         place = f" at line {mark.line + 1}" if mark is not None else ""
-        raise ConfigFileError(f"--config {path}: is not valid YAML{place}") from error
+        problem = f" ({problem})" if problem else ""
+        raise ConfigFileError(f"--config {path}: is not valid YAML{place}{problem}") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -71,6 +82,9 @@ def read_config_file(path: str, settings: type[BaseSettings]) -> dict[str, Any]:
             raise ConfigFileError(f"--config {path}: unknown key '{key}'{did_you_mean(name, known)}")
         if name in values:
             raise ConfigFileError(f"--config {path}: '{name}' is there twice")
+        annotation = settings.model_fields[name].annotation
+        if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):  # not a number 0 or 1
+            raise ConfigFileError(f"--config {path}: {key}: cannot be {str(value).lower()}")
         values[name] = value
     return {name: value for name, value in values.items() if value is not None}
 

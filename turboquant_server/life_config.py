@@ -70,10 +70,13 @@ def _read_entry(entry: Any) -> dict[str, Any]:
         keys = {key: str(key).replace("-", "_") for key, value in entry.items() if value is not None}
         settings = {ALIASES.get(name, name): entry[key] for key, name in keys.items()}
         names = settings.pop("name", None) or settings.get("served_model_name")
-        if names:
+        if names and settings.get(
+            "model"
+        ):  # without it, the bundled model would have a name that promises more
             return {**settings, "served_model_name": names}
     raise PydanticCustomError(
-        "no_model", "Input should be models with their names, such as small=org/model or {name: small, ...}"
+        "no_model",
+        "Input should be models with their names, such as small=org/model or {name: small, model: org/model}",
     )
 
 

@@ -27,11 +27,11 @@ def test_models_have_names(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_entry_of_the_file_wins_for_its_model(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
-    entries = "- {name: a b, model: x, bits: 2}\n- {name: c, max_model_len: 2k}\n"
+    entries = "- {name: a b, model: x, bits: 2}\n- {name: c, model: y, max_model_len: 2k}\n"
     path.write_text(f"bits: 3\nmax-model-len: 1k\nmodels:\n{entries}")
     one, other = parse_config(["--config", str(path), "--port", "9"]).of_models()
     assert (one.served_model_name, one.bits, one.max_model_len, one.port) == (("a", "b"), 2, 1024, 9)
-    assert (other.model, other.bits, other.max_model_len) == (None, 3, 2048)
+    assert (other.model, other.bits, other.max_model_len) == ("y", 3, 2048)
     assert one.models == other.models == ()
     assert one.of_models() == [one]
 
@@ -73,12 +73,13 @@ def test_what_does_not_fit_is_told(
 @pytest.mark.parametrize(
     ("entry", "words"),
     [
-        ("{name: a, bits: 5}", "--models, a: bits: input should be 2, 3, 4 or 8, got 5"),
-        ("{name: a, bitz: 4}", "--models, a: unknown key 'bitz'; did you mean bits?"),
-        ("{name: a, port: 1}", "--models, a: unknown key 'port'"),
-        ("{name: a, bits: 4, kv-bits: '4,3'}", "--models, a: choose one of --bits and --kv-bits"),
-        ("{name: 5}", "--models, 5: served-model-name: "),
+        ("{name: a, model: x, bits: 5}", "--models, a: bits: input should be 2, 3, 4 or 8, got 5"),
+        ("{name: a, model: x, bitz: 4}", "--models, a: unknown key 'bitz'; did you mean bits?"),
+        ("{name: a, model: x, port: 1}", "--models, a: unknown key 'port'"),
+        ("{name: a, model: x, bits: 4, kv-bits: '4,3'}", "--models, a: choose one of --bits and --kv-bits"),
+        ("{name: 5, model: x}", "--models, 5: served-model-name: "),
         ("{model: a}", "with their names"),
+        ("{name: a, bits: 3}", "with their names"),
         ("[]", "with their names"),
     ],
 )
