@@ -129,10 +129,17 @@ def test_a_load_waits_for_a_slice_of_a_comparison_and_the_others_go_on_later(
         manager.engine.pause_comparisons(True)
         for _ in range(3):
             text_of(server.ask("a", prompt="The harbour. " * 100, max_tokens=40))
-        slices, work = threading.Semaphore(0), fidelity.work
+        slices, begun, work = threading.Semaphore(0), threading.Event(), fidelity.work
+
+        def work_when_let() -> None:
+            begun.set()
+            if slices.acquire(timeout=TIMEOUT):
+                work()
+
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(fidelity, "work", lambda: work() if slices.acquire(timeout=TIMEOUT) else None)
+            patch.setattr(fidelity, "work", work_when_let)
             manager.engine.pause_comparisons(False)
+            assert begun.wait(TIMEOUT)
             load = pool.submit(server.change, "load", "b")
             wait_for(lambda: server.states()["b"] == "loading")
             time.sleep(0.1)  # five looks
