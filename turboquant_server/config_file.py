@@ -30,11 +30,13 @@ class ConfigFileError(ValueError):
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
     """Read YAML, and refuse a key that is there twice, of which YAML would take the last."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
-        if len(mapping) < len(node.value):
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        """Look at a mapping as it is written: what `<<` brings in may be said otherwise beside it."""
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if len(keys) > len(set(keys)):
             raise yaml.MarkedYAMLError(problem="a key is there twice", problem_mark=node.start_mark)
-        return mapping
+        return node
 
 
 class ConfigFileSource(PydanticBaseSettingsSource):

@@ -36,6 +36,14 @@ def test_an_entry_of_the_file_wins_for_its_model(tmp_path: Path) -> None:
     assert one.of_models() == [one]
 
 
+def test_an_entry_of_the_file_may_say_otherwise_than_one_that_it_takes_over(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("models:\n- &a {name: a, model: x, bits: 2}\n- {<<: *a, name: b, max_model_len: 2k}\n")
+    one, other = parse_config(["--config", str(path)]).of_models()
+    assert (one.served_model_name, one.bits, one.max_model_len) == (("a",), 2, None)
+    assert (other.served_model_name, other.model, other.bits, other.max_model_len) == (("b",), "x", 2, 2048)
+
+
 @pytest.mark.parametrize(
     ("text", "seconds"), [("90", 90), ("1.5", 1.5), ("90s", 90), ("10m", 600), (" 1 H", 3600), (5, 5)]
 )
