@@ -51,8 +51,7 @@ class CacheSize:
     @property
     def num_bytes(self) -> int:
         """What the whole cache takes."""
-        slots = self.num_slots * self.exact_bytes + (self.num_slots + 1) * self.state_bytes
-        return slots + _total(self.num_blocks, self.block_bytes)
+        return self._num_bytes(self.exact_bytes, self.block_bytes)
 
     @property
     def bits_per_value(self) -> float:
@@ -68,9 +67,13 @@ class CacheSize:
     def num_bf16_tokens(self) -> int:
         """Tokens that would fit into the same memory with all keys and values in bfloat16."""
         exact = TIMELINE.num_exact * sum(self.bf16_block_bytes) // BLOCK_SIZE
-        bf16_bytes = self.num_slots * exact + (self.num_slots + 1) * self.state_bytes
-        bf16_bytes += _total(self.num_blocks, self.bf16_block_bytes)
+        bf16_bytes = self._num_bytes(exact, self.bf16_block_bytes)
         return self.num_tokens * self.num_bytes // max(1, bf16_bytes)
+
+    def _num_bytes(self, exact_bytes: int, block_bytes: Sequence[int]) -> int:
+        """Return what all slots and blocks take, were they of these sizes."""
+        slots = self.num_slots * exact_bytes + (self.num_slots + 1) * self.state_bytes
+        return slots + _total(self.num_blocks, block_bytes)
 
     def count_requests(self, num_tokens: int) -> int:
         """Return how many requests of a length run at once."""

@@ -70,9 +70,8 @@ def _read_entry(entry: Any) -> dict[str, Any]:
         keys = {key: str(key).replace("-", "_") for key, value in entry.items() if value is not None}
         settings = {ALIASES.get(name, name): entry[key] for key, name in keys.items()}
         names = settings.pop("name", None) or settings.get("served_model_name")
-        if names and settings.get(
-            "model"
-        ):  # without it, the bundled model would have a name that promises more
+        # Without a model, the bundled one would have a name that promises more.
+        if names and settings.get("model"):
             return {**settings, "served_model_name": names}
     raise PydanticCustomError(
         "no_model",

@@ -5,31 +5,16 @@ from __future__ import annotations
 import architectures
 import pytest
 import torch
+from no_attention import NoAttention
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from turboquant_core.attention import PassThroughCache, forward_context, use_paged_attention
 from turboquant_core.cache import cache_argument
-from turboquant_core.reference import AttentionOptions
 from turboquant_core.state_pool import StatePool
 
 # States of two kinds, several a layer, beside attention in one layer, and of one kind only.
 NAMES = ["qwen3_next", "falcon_h1", "lfm2", "mamba2", "kimi_linear"]
-
-
-class _NoAttention:
-    """Layers that attend add nothing, so that only states carry over from token to token."""
-
-    def attend(
-        self,
-        layer_idx: int,
-        queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        options: AttentionOptions,
-        writes: bool,
-    ) -> Tensor:
-        return queries.new_zeros(*queries.shape[:2], values.shape[2])
 
 
 def build(name: str) -> PreTrainedModel:
@@ -46,7 +31,7 @@ def run(
     cache = PassThroughCache(model.config)
     if pool is not None and start > 0:
         pool.load(cache, torch.tensor(slots))
-    with forward_context(_NoAttention()):
+    with forward_context(NoAttention()):
         logits: Tensor = model(input_ids=token_ids, use_cache=True, **{cache_argument(model): cache}).logits
     if pool is not None:
         pool.store(cache, torch.tensor(slots))

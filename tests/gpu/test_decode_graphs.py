@@ -10,21 +10,18 @@ import pytest
 import torch
 
 from turboquant_server.config import ServerConfig
-from turboquant_server.engine import compiled_forward, model_runner
+from turboquant_server.engine import model_runner
 from turboquant_server.engine.pending_step import PendingStep
 from turboquant_server.engine.sampling_params import SamplingParams
 from turboquant_server.engine.scheduler import ScheduledBatch
 from turboquant_server.model_manager import ModelManager
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+    pytest.mark.usefixtures("uncompiled"),
+]
 
 DEMO = Path(__file__).resolve().parents[2] / "turboquant_server" / "demo"
-
-
-@pytest.fixture(autouse=True)
-def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compile nothing: compiled code rounds otherwise, and what graphs change is the question here."""
-    monkeypatch.setattr(compiled_forward, "BACKENDS", {})
 
 
 def answers(*, enforce_eager: bool = False, has_graphs: bool = True) -> list[list[int]]:

@@ -11,12 +11,14 @@ import torch
 from tiny_tokenizer import VOCAB_SIZE, build_tokenizer
 
 from turboquant_server.config import ServerConfig
-from turboquant_server.engine import compiled_forward
 from turboquant_server.engine.sampling_params import SamplingParams
 from turboquant_server.model_loader import LoadedModel
 from turboquant_server.model_manager import ModelManager
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+    pytest.mark.usefixtures("uncompiled"),
+]
 
 # States of two kinds beside attention and experts, both in one layer, of one kind, alone, and of a model that
 # reads prompts in one step.
@@ -28,9 +30,7 @@ NUM_REQUESTS = 24
 
 
 @pytest.fixture(autouse=True)
-def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compile nothing: compiled code rounds otherwise, and what graphs change is the question here."""
-    monkeypatch.setattr(compiled_forward, "BACKENDS", {})
+def tokens_of_the_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(architectures.BASE, "vocab_size", VOCAB_SIZE)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from turboquant_core import AttentionOptions, DecodePlan, PagedStore
+from turboquant_core import AttentionOptions, DecodeAttention, DecodePlan
 
 
 @dataclasses.dataclass
@@ -36,12 +36,8 @@ class FakeRecorder:
         return FakeGraph(step)
 
 
-@dataclasses.dataclass(frozen=True)
-class RowAttention:
+class RowAttention(DecodeAttention):
     """Attend as the CUDA kernel does, which passes over rows without a request."""
-
-    store: PagedStore
-    plans: list[DecodePlan]
 
     def attend(
         self,

@@ -12,12 +12,12 @@ import pytest
 import torch
 from engine_bench import Bench, greedy, tokens_of
 from fake_graphs import FakeGraph, FakeRecorder, RowAttention
+from no_attention import NoAttention
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedTokenizerFast
 
 from turboquant_core import (
-    AttentionOptions,
     PagedStore,
     StatePool,
     Timeline,
@@ -168,19 +168,6 @@ class _Host(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
-class _NoAttention:
-    def attend(
-        self,
-        layer_idx: int,
-        queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        options: AttentionOptions,
-        writes: bool,
-    ) -> Tensor:
-        return queries.new_zeros(*queries.shape[:2], values.shape[2])
-
-
 @pytest.mark.parametrize("name", sorted({*NAMES, *architectures.MIXTURES} - LOOPS_ON_THE_HOST))
 @torch.inference_mode()
 def test_a_step_never_waits_for_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,11 +178,11 @@ def test_a_step_never_waits_for_the_device(name: str, monkeypatch: pytest.Monkey
     )
     runner = ModelRunner(model, store, StatePool(4), is_paged=True)
     rows = torch.tensor([5, 6, 7]), torch.tensor([9, 0, 3]), torch.tensor([2, 0, -1])
-    with forward_context(_NoAttention()):
+    with forward_context(NoAttention()):
         runner._decode(*rows)  # states get their memory
     for method in ("tolist", "numpy", "cpu"):
         monkeypatch.setattr(Tensor, method, None)
-    with forward_context(_NoAttention()), _Host():
+    with forward_context(NoAttention()), _Host():
         runner._decode(*rows)
 
 

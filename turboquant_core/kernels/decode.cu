@@ -106,8 +106,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
     decode(const u8* records, const u16* new_keys, const u16* new_values, u16* exact_keys, u16* exact_values,
            const u16* queries, const u16* stored_queries, const u8* stored_bytes, const float* stored_scales,
            const int* slots, const int* positions, const int* exact_starts, const int* first_visible,
-           const int* block_tables, const int* block_starts, const int* before, int before_stride, float* partials, int batch,
-           int num_heads, int table_stride, float scale, float softcap, float key_unit, float value_unit) {
+           const int* block_tables, const int* block_starts, const int* before, int before_stride, float* partials,
+           int batch, int num_heads, int table_stride, float scale, float softcap, float key_unit, float value_unit) {
   const WorkStarts work_starts = {before, before_stride};
   const Arguments args = {records, new_keys, new_values, exact_keys, exact_values, queries, stored_queries,
                           stored_bytes, stored_scales, slots, positions, exact_starts, first_visible, block_tables,

@@ -73,11 +73,11 @@ def _options(
     value_curve, value_unit = level_curve(value_dim, value_bits)
     return (key_unit, value_unit), {
         "KEY_DIM": key_dim,
-        "KEY_COLS": triton.next_power_of_2(key_dim),
+        "KEY_COLS": next_power_of_2(key_dim),
         "KEY_BITS": key_bits,
         "KEY_CURVE": key_curve,
         "VALUE_DIM": value_dim,
-        "VALUE_COLS": triton.next_power_of_2(value_dim),
+        "VALUE_COLS": next_power_of_2(value_dim),
         "VALUE_BITS": value_bits,
         "VALUE_CURVE": value_curve,
         "STARTS": starts_of(key_dim, key_bits, value_dim, value_bits),
