@@ -220,6 +220,32 @@ def test_keys_and_values_of_different_dims() -> None:
     assert_is_right(make_case([3000, 500], dims=(192, 128)))
 
 
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 3, 8, 32])
+@pytest.mark.parametrize("position", [0, 130, 131, 200, 3031, 40_000])
+def test_one_request(position: int, num_kv_heads: int) -> None:
+    assert_is_right(make_case([position], num_kv_heads=num_kv_heads))
+
+
+@pytest.mark.parametrize(
+    ("group_size", "dims", "bits"),
+    [
+        (1, (64, 64), (4, 4)),
+        (7, (64, 64), (8, 4)),
+        (8, (128, 128), (4, 4)),
+        (16, (128, 128), (4, 3)),
+        (8, (256, 256), (4, 4)),
+        (3, (80, 80), (2, 2)),
+        (4, (192, 128), (3, 3)),
+        (12, (16, 16), (3, 8)),
+    ],
+)
+def test_one_request_of_other_shapes(
+    group_size: int, dims: tuple[int, int], bits: tuple[int, int]
+) -> None:
+    for position, window in ((10, None), (900, None), (9000, None), (9000, 700)):
+        assert_is_right(make_case([position], group_size=group_size, dims=dims, bits=bits, window=window))
+
+
 @pytest.mark.parametrize("kernel", ["cuda", "triton"])
 @pytest.mark.parametrize("window", [1, 100, 512])
 def test_windows(window: int, kernel: str) -> None:

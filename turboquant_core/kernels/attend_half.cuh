@@ -8,7 +8,7 @@ DEVICE int joined(const int (&sums)[NUM_SETS][2], int c, int t) {
 }
 
 struct StoredQueries {
-  u32 operand[NUM_COLS][KEY_TILES][2];
+  u32 operand[NUM_COLS][KEY_TILES][2];  // the queries as floating point numbers
   // The same as 16-bit integers, their upper and lower bytes: in columns 0-3 and 4-7, or one after the other.
   u32 bytes[NUM_COLS][NUM_SETS][KEY_TILES];
   int start[NUM_COLS][2];  // of products with them: less 255 times the sum of a column, if IN_PARTS
@@ -20,10 +20,8 @@ struct StoredQueries {
     for (int n = 0; n < NUM_COLS; n++) {
       const int head = IS_SHARED ? min(g & 3, GROUP - 1) : min(8 * n + g, GROUP - 1);
 #pragma unroll
-      for (int q = 0; q < KEY_TILES; q++) {
-        if (IN_BYTES) continue;
-        const u16* source = IS_PLAIN ? args.queries : args.stored_queries;
-        const uint2 b = *(const uint2*)(source + (first + head) * KEY_DIM + 16 * q + 4 * t);
+      for (int q = 0; q < KEY_TILES && IS_PLAIN; q++) {
+        const uint2 b = *(const uint2*)(args.queries + (first + head) * KEY_DIM + 16 * q + 4 * t);
         operand[n][q][0] = b.x;
         operand[n][q][1] = b.y;
       }
@@ -31,6 +29,15 @@ struct StoredQueries {
       for (int s = 0; s < NUM_SETS && !IS_PLAIN; s++) {
         const int is_low = IS_SHARED ? g >> 2 : s;
         load_row(bytes[n][s], (const u32*)(args.stored_bytes + (2 * (first + head) + is_low) * KEY_DIM) + t * KEY_TILES);
+      }
+#pragma unroll
+      for (int q = 0; q < KEY_TILES && !IS_PLAIN && !IN_BYTES; q++) {
+        u32 upper[2], lower[2];
+        KeyCodes::int8_to_halves(bytes[n][0][q], upper[0], upper[1]);
+        KeyCodes::int8_to_halves(bytes[n][NUM_SETS - 1][q], lower[0], lower[1]);
+#pragma unroll
+        for (int i = 0; i < 2; i++)  // times 2^-7, and 2^-15
+          operand[n][q][i] = multiply_add(upper[i], 0x20002000, multiply_add(lower[i], 0x02000200, 0));
       }
       if (IN_PARTS) {
         int sums[NUM_SETS][2] = {};
@@ -62,7 +69,7 @@ DEVICE void key_mean_products(const StoredQueries& queries, u32 words, int t, fl
 #pragma unroll
       for (int s = 0; s < NUM_SETS; s++) multiply_bytes(sums[s], bytes[q], queries.bytes[n][s][q]);
 #pragma unroll
-    for (int c = 0; c < 2; c++) products[n][c] = (float)joined(sums, c, t) * (1 / QUERY_PEAK);
+    for (int c = 0; c < 2; c++) products[n][c] = (float)joined(sums, c, t) * QUERY_UNIT;
   }
 }
 
@@ -120,7 +127,7 @@ DEVICE void byte_products(const StoredQueries& queries, const KeyCodes& codes, u
           if (IN_PARTS) multiply_bytes<true>(sums[row][s][n], negative, b0, b1);
         }
     }
-  constexpr float UNIT = (IN_PARTS ? -1 : 1) / QUERY_PEAK;
+  constexpr float UNIT = (IN_PARTS ? -1 : 1) * QUERY_UNIT;
   const bool is_first = (lane & 3) < 2;
 #pragma unroll
   for (int n = 0; n < NUM_COLS; n++)

@@ -52,16 +52,15 @@ class CudaDecode:
         def around(name: str, shared_bytes: int = 0) -> Kernel:
             return Kernel("decode", name, constants, device, num_threads, shared_bytes)
 
-        def merge(name: str, requests: int, heads: int) -> Kernel:
-            rows = requests * heads
+        def merge(name: str, requests: int) -> Kernel:
+            rows = requests * shape.group_size
             num_found = num_threads // shape.value_dim if requests == 1 else 1
             num_bytes = 8 * (rows * num_found * shape.value_dim + (rows + requests) * (self._grid + 1))
             return around(name, num_bytes)
 
         self._prepare, self._prepare_many = around("prepare"), around("prepare_many")
-        self._merge_few = merge("merge_few", 1, 1)
-        self._merge = merge("merge", 1, shape.group_size)
-        self._merge_many = merge("merge_many", shape.many, shape.group_size)
+        self._merge_few = around("merge_few", 4 * (2 * (self._grid + 1) + 127))  # a chunk has at most 128
+        self._merge, self._merge_many = merge("merge", 1), merge("merge_many", shape.many)
 
     def __call__(
         self,
@@ -93,7 +92,6 @@ class CudaDecode:
         device = queries.device
         queries = queries.contiguous()
         keys, values = (states.contiguous() for states in new) if new else (None, None)
-        stored_queries = torch.empty(queries.shape, dtype=torch.float16, device=device)
         stored_bytes = torch.empty(batch, num_heads, 2, shape.key_dim, dtype=torch.uint8, device=device)
         stored_scales = torch.empty(batch, num_heads, device=device)
         num_partials = 2 * (self._grid + 2 * batch * num_kv_heads)
@@ -118,7 +116,6 @@ class CudaDecode:
                 queries,
                 key_operands,
                 _stride(key_operands),
-                stored_queries,
                 stored_bytes,
                 stored_scales,
                 batch,
@@ -133,7 +130,6 @@ class CudaDecode:
             values,
             *exact,
             queries,
-            stored_queries,
             stored_bytes,
             stored_scales,
             tables.slots,

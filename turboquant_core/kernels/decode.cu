@@ -55,11 +55,11 @@ constexpr int HALF_BYTES = IS_PLAIN ? NORMS_AT : (STEPS_AT + 4 + 15) / 16 * 16;
 constexpr int SLOT_BYTES = (HALF_BYTES + 112 + 127) / 128 * 128;
 constexpr int NUM_THREADS = 32 * NUM_WARPS;
 constexpr int SUMS = GROUP * VALUE_DIM;        // numbers of a weighted sum
-constexpr int PARTIAL = SUMS + 2 * GROUP;      // then references, then denominators
+constexpr int PARTIAL = (SUMS + 2 * GROUP + 3) / 4 * 4;  // then references, then denominators
 
 constexpr float LOWEST = -1e30f, HIDDEN = -1e38f;  // of references, of scores
 constexpr float HEADROOM = 6.f;
-constexpr float QUERY_PEAK = 32512;  // 127 * 256: of queries as 16-bit integers
+constexpr float QUERY_PEAK = 32512, QUERY_UNIT = 1.f / 32768;  // of queries as 16-bit integers; 32512 is 127 * 256
 constexpr float SMALLEST_VALUE = 5.9604645e-8f;
 
 #include "copies.cuh"
@@ -75,9 +75,8 @@ struct Arguments {
   const u16 *new_keys, *new_values;  // null: they are kept
   u16 *exact_keys, *exact_values;
   const u16* queries;
-  const u16* stored_queries;       // transformed, divided by their scale; unless IN_BYTES
-  const u8* stored_bytes;          // the same as 16-bit integers: KEY_DIM upper bytes, then the lower ones
-  const float* stored_scales;      // what their products are to be multiplied with
+  const u8* stored_bytes;          // transformed queries: see prepare_requests
+  const float* stored_scales;
   const int *slots, *positions, *exact_starts, *first_visible, *block_tables, *block_starts;
   WorkStarts work_starts;
   int num_heads, table_stride;
@@ -91,11 +90,12 @@ struct Arguments {
 #include "attend_half.cuh"
 #include "feed.cuh"
 
-// Shared memory of a thread block: each warp's ring, where it leaves what it has found at last; barriers and offsets
-// of the places; the segment that each warp has left unfinished.
+// Shared memory of a thread block: each warp's ring, where it leaves what it has found at last; of each place of a ring
+// 16 bytes, its barrier and where in it a half lies; items; of what each warp has left unfinished the segment, and by
+// heads the weight that it has among others'.
 constexpr int RING_BYTES = RING_SLOTS * SLOT_BYTES;
-constexpr int BARRIERS_AT = NUM_WARPS * RING_BYTES, OFFSETS_AT = BARRIERS_AT + 8 * NUM_WARPS * RING_SLOTS;
-constexpr int ITEMS_AT = OFFSETS_AT + 4 * NUM_WARPS * RING_SLOTS, UNFINISHED_AT = ITEMS_AT + 32 * NUM_WARPS;
+constexpr int PLACES_AT = NUM_WARPS * RING_BYTES, ITEMS_AT = PLACES_AT + 16 * NUM_WARPS * RING_SLOTS;
+constexpr int UNFINISHED_AT = ITEMS_AT + 32 * NUM_WARPS, WEIGHTS_AT = UNFINISHED_AT + 4 * NUM_WARPS;
 static_assert(RING_BYTES >= 4 * PARTIAL, "a ring has no room for a partial");
 
 // Two partials for each segment of a thread block: of the warps that leave it unfinished, and of the one that
@@ -104,29 +104,29 @@ DEVICE int partial_of(int thread_block, int segment) { return 2 * (thread_block 
 
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
     decode(const u8* records, const u16* new_keys, const u16* new_values, u16* exact_keys, u16* exact_values,
-           const u16* queries, const u16* stored_queries, const u8* stored_bytes, const float* stored_scales,
-           const int* slots, const int* positions, const int* exact_starts, const int* first_visible,
-           const int* block_tables, const int* block_starts, const int* before, int before_stride, float* partials,
-           int batch, int num_heads, int table_stride, float scale, float softcap, float key_unit, float value_unit) {
+           const u16* queries, const u8* stored_bytes, const float* stored_scales, const int* slots,
+           const int* positions, const int* exact_starts, const int* first_visible, const int* block_tables,
+           const int* block_starts, const int* before, int before_stride, float* partials, int batch, int num_heads,
+           int table_stride, float scale, float softcap, float key_unit, float value_unit) {
   const WorkStarts work_starts = {before, before_stride};
-  const Arguments args = {records, new_keys, new_values, exact_keys, exact_values, queries, stored_queries,
-                          stored_bytes, stored_scales, slots, positions, exact_starts, first_visible, block_tables,
-                          block_starts, work_starts, num_heads, table_stride, scale, softcap, key_unit, value_unit};
+  const Arguments args = {records, new_keys, new_values, exact_keys, exact_values, queries, stored_bytes,
+                          stored_scales, slots, positions, exact_starts, first_visible, block_tables, block_starts,
+                          work_starts, num_heads, table_stride, scale, softcap, key_unit, value_unit};
   extern __shared__ __align__(128) u8 memory[];
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   const u32 start_of_shared = (u32)__cvta_generic_to_shared(memory), ring = start_of_shared + warp * RING_BYTES;
-  const u32 barriers = start_of_shared + BARRIERS_AT + 8 * warp * RING_SLOTS;
-  const u32 offsets = start_of_shared + OFFSETS_AT + 4 * warp * RING_SLOTS;
+  const u32 places = start_of_shared + PLACES_AT + 16 * warp * RING_SLOTS;
   int* unfinished = (int*)(memory + UNFINISHED_AT);
+  float* weights = (float*)(memory + WEIGHTS_AT);
   if (IS_PLAIN) wait_for_previous();  // else prepare has: what it writes is all there is to wait for
   let_next_start();
   const Shares shares(work_starts[batch] * num_heads, gridDim.x * NUM_WARPS);
   const u32 worker = blockIdx.x * NUM_WARPS + warp;
   u32 number = shares.start(worker);
   const u32 end = shares.start(worker + 1);
-  int left = -1;
+  if (lane == 0) unfinished[warp] = -1;
   if (number < end) {
-    if (lane < RING_SLOTS) init_barrier(barriers + 8 * lane, NUM_COPIERS);
+    if (lane < RING_SLOTS) init_barrier(places + 16 * lane, NUM_COPIERS);
 #if __CUDA_ARCH__ >= 900
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
@@ -136,8 +136,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
     found.find(number, work_starts, num_heads, batch, lane);
     found.store(items[0]);
     found.store(items[1]);
-    Feed feed(args, ring, barriers, offsets, items[1], number, end);
-    for (int i = 0; i < RING_SLOTS; i++) feed.copy(lane);
+    Feed feed(args, ring, places, items[1], number, end);
+    feed.start(lane);
     const KeyCodes key_codes;
     const ValueCodes value_codes;
     Softmax softmax;
@@ -161,13 +161,13 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
         wait_for_previous();
         operands.load(args, item, lane);
         const int first = pieces(number - exact_end, HALF_WORK);
-        int num_hidden = first_visible[item.request] - block_starts[item.request] - 32 * first;
+        int num_hidden = args.first_visible[item.request] - args.block_starts[item.request] - 32 * first;
         for (int left = pieces(stop - exact_end, HALF_WORK) - first; left > 0; left--, num_hidden -= 32) {
-          wait(barriers + 8 * place, parity);
-          attend_half(args, operands, key_codes, value_codes, ring + place * SLOT_BYTES + load_word(offsets + 4 * place),
-                      num_hidden, lane, softmax);
+          wait(places + 16 * place, parity);
+          const u32 half = ring + place * SLOT_BYTES + load_word(places + 16 * place + 8);
+          attend_half(args, operands, key_codes, value_codes, half, num_hidden, lane, softmax);
           __syncwarp();
-          feed.copy(lane);
+          feed.copy(place, lane);
           if (++place == RING_SLOTS) {
             place = 0;
             parity ^= 1;
@@ -179,34 +179,42 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
       float* target = is_finished ? partials + (partial_of(blockIdx.x, segment) + 1ll) * PARTIAL
                                   : (float*)(memory + warp * RING_BYTES);
       write_warp(softmax, is_exact, lane, target);
-      if (!is_finished) left = segment;
+      if (!is_finished && lane == 0) unfinished[warp] = segment;
     }
   }
   wait_for_previous();  // as what comes after this takes prepare for done
-  if (lane == 0) unfinished[warp] = left;
   __syncthreads();
-  for (int from = 0, to; from < NUM_WARPS; from = to) {  // warps that have left the same segment
-    const int segment = unfinished[from];
-    for (to = from + 1; to < NUM_WARPS && unfinished[to] == segment;) to++;
+  auto found = [&](int w) { return (const float*)(memory + w * RING_BYTES); };
+  // Warps that have left the same segment follow each other: bit w is set if warp w is the first of such.
+  const int segment_of_lane = lane < NUM_WARPS ? unfinished[lane] : -1;
+  const int before_it = __shfl_up_sync(~0u, segment_of_lane, 1);
+  const u32 firsts = __ballot_sync(~0u, lane == 0 || segment_of_lane != before_it) | 1u << NUM_WARPS;
+  for (int i = threadIdx.x; i < NUM_WARPS * GROUP; i += NUM_THREADS) {
+    const int w = i / GROUP, head = i % GROUP, segment = unfinished[w];
+    const int from = 31 - __clz(firsts & ((2u << w) - 1)), to = __ffs(firsts & ~((2u << w) - 1)) - 1;
+    float reference = LOWEST;
+#pragma unroll
+    for (int other = 0; other < NUM_WARPS; other++)
+      if (other >= from && other < to) reference = fmaxf(reference, found(other)[SUMS + head]);
+    weights[i] = exp2_(found(w)[SUMS + head] - reference);
+    if (w == from && segment >= 0)
+      partials[(long long)partial_of(blockIdx.x, segment) * PARTIAL + SUMS + head] = reference;
+  }
+  __syncthreads();
+  for (int from = 0, to; from < NUM_WARPS; from = to) {
+    to = __ffs(firsts & ~((2u << from) - 1)) - 1;
+    const int segment = __shfl_sync(~0u, segment_of_lane, from);
     if (segment < 0) continue;
     float* partial = partials + (long long)partial_of(blockIdx.x, segment) * PARTIAL;
-    for (int i = threadIdx.x; i < SUMS; i += NUM_THREADS) {
-      const int head = i / VALUE_DIM;
-      float reference = LOWEST, sum = 0, denominator = 0;
-      auto found = [&](int w) { return (const float*)(memory + w * RING_BYTES); };
-      for (int w = from; w < to; w++) reference = fmaxf(reference, found(w)[SUMS + head]);
-      for (int w = from; w < to; w++) {
-        const float decay = exp2_(found(w)[SUMS + head] - reference);
-        sum += decay * found(w)[i];
-        denominator += decay * found(w)[SUMS + GROUP + head];
-      }
-      partial[i] = sum;
-      if (i % VALUE_DIM == 0) {
-        partial[SUMS + head] = reference;
-        partial[SUMS + GROUP + head] = denominator;
-      }
+    for (int i = threadIdx.x; i < SUMS + GROUP; i += NUM_THREADS) {  // sums, then denominators
+      const int head = i < SUMS ? i / VALUE_DIM : i - SUMS, at = i < SUMS ? i : i + GROUP;
+      float sum = 0;
+#pragma unroll 4
+      for (int w = from; w < to; w++) sum += weights[w * GROUP + head] * found(w)[at];
+      partial[at] = sum;
     }
   }
 }
 
 #include "merge.cuh"
+#include "merge_few.cuh"

@@ -60,7 +60,7 @@ class DecodeShape:
     @property
     def partial_size(self) -> int:
         """Return the numbers of what is found of a request and kv head: sums, references and denominators."""
-        return self.group_size * (self.value_dim + 2)
+        return -(-self.group_size * (self.value_dim + 2) // 4) * 4
 
     @property
     def has_key_parts(self) -> bool:
@@ -104,7 +104,7 @@ class Fit(NamedTuple):
     Attributes:
         num_warps: Warps.
         ring_slots: Halves of blocks that each has room for.
-        shared_bytes: For both.
+        shared_bytes: For both, and what else a thread block needs.
     """
 
     num_warps: int
@@ -171,14 +171,15 @@ def _unit(dim: int, bits: int) -> float:
 def fit_device(shape: DecodeShape, arch: int) -> Fit:
     """Return what a multiprocessor has room for; arch: 10 times the compute capability."""
     available = _SHARED_BYTES.get(arch, 99 << 10)
-    # As in the source: room for any alignment, a barrier and an offset.
-    slot_bytes = -(-(shape.half_bytes + 112) // 128) * 128 + 8 + 4
+    # As in the source: room for any alignment, and what tells of a place.
+    slot_bytes = -(-(shape.half_bytes + 112) // 128) * 128 + 16
+    warp_bytes = 32 + 4 + 4 * shape.group_size
     for num_warps in _NUM_WARPS:
-        ring_slots = min(32, (available // num_warps - 36) // slot_bytes)
+        ring_slots = min(32, (available // num_warps - warp_bytes) // slot_bytes)
         if (
             ring_slots >= 2
-            and ring_slots * (slot_bytes - 12) >= 4 * shape.partial_size
+            and ring_slots * (slot_bytes - 16) >= 4 * shape.partial_size
             and num_warps <= shape.max_warps(arch)
         ):
-            return Fit(num_warps, ring_slots, num_warps * (ring_slots * slot_bytes + 36))
+            return Fit(num_warps, ring_slots, num_warps * (ring_slots * slot_bytes + warp_bytes))
     raise AssertionError(f"no kernel for {shape} fits into {available} bytes")

@@ -57,6 +57,11 @@ DEVICE u32 to_bfloats(float low, float high) {
   asm("cvt.rn.bf16x2.f32 %0,%1,%2;" : "=r"(r) : "f"(high), "f"(low));
   return r;
 }
+DEVICE u32 multiply_add(u32 a, u32 b, u32 c) {  // of pairs of float16
+  u32 r;
+  asm("fma.rn.f16x2 %0,%1,%2,%3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  return r;
+}
 DEVICE u32 to_exact_type(float low, float high) { return IS_BFLOAT16 ? to_bfloats(low, high) : to_halves(low, high); }
 DEVICE u32 transposed(u32 x) {  // of an 8 x 8 matrix of 16-bit numbers
   u32 r;

@@ -1,11 +1,17 @@
-// What comes after attention: the kernel merge of decode.cu.
+// What comes after attention: what thread blocks have found is joined. See merge_few.cuh, too.
 
 // A segment, numbers `start` to `end`, and the partials that decode has written of it: see partial_of.
 struct Parted {
   u32 end, owner;
   int first, count, segment;  // thread block; partials, if all were written
   DEVICE Parted() {}
-  DEVICE Parted(const Shares& shares, int segment, u32 start, u32 end) : end(end), count(0), segment(segment) {
+  DEVICE Parted(const Shares& shares, const WorkStarts& work_starts, int request, int head, int num_heads, bool is_stored)
+      : count(0), segment(2 * (request * num_heads + head) + is_stored) {
+    const u32 work = work_starts[request + 1] - work_starts[request];
+    const u32 its_start = work_starts[request] * num_heads + head * work;
+    const u32 exact_end = its_start + min(work, (u32)EXACT_WORK);  // a row without a request has none
+    const u32 start = is_stored ? exact_end : its_start;
+    end = is_stored ? its_start + work : exact_end;
     if (start >= end) return;
     owner = shares.owner(start);
     first = owner / NUM_WARPS;
@@ -44,12 +50,12 @@ struct SharedRows {
   }
 };
 
-// Of REQUESTS requests and HEADS query heads of a kv head. See `merge`.
-template <int REQUESTS, int HEADS>
+// Of REQUESTS requests and a kv head. See `merge`.
+template <int REQUESTS>
 DEVICE void merge_requests(const float* partials, const WorkStarts& work_starts, const uint4* operands,
                            int operands_stride, const float* sink_scores, void* output, int batch, int num_heads,
                            int grid, float value_unit) {
-  constexpr int ROWS = REQUESTS * HEADS, PARTS = AROUND_THREADS / VALUE_DIM;
+  constexpr int ROWS = REQUESTS * GROUP, PARTS = AROUND_THREADS / VALUE_DIM;
   constexpr int WARPS = AROUND_THREADS / 32;
   typedef Matrix<VALUE_DIM, WARPS> Transform;
   // Of one request each part of the threads adds up some partials, of many all those of some requests.
@@ -64,20 +70,13 @@ DEVICE void merge_requests(const float* partials, const WorkStarts& work_starts,
   float* weights = shared + 2 * NUM_FOUND * ROWS * VALUE_DIM;  // [ROWS][max_count]
   int* places = (int*)(weights + ROWS * max_count);            // [REQUESTS][max_count]
 
-  const int first_query_head = blockIdx.x % (GROUP / HEADS) * HEADS, block = blockIdx.x / (GROUP / HEADS);
-  const int head = block % num_heads, first = block / num_heads * REQUESTS, thread = threadIdx.x;
+  const int head = blockIdx.x % num_heads, first = blockIdx.x / num_heads * REQUESTS, thread = threadIdx.x;
   const Transform transform(operands + (long long)head * operands_stride);
   const int part_of_threads = thread / VALUE_DIM, own_dim = thread % VALUE_DIM;
   const int num_requests = min(REQUESTS, batch - first), lane = thread & 31;
   const Shares shares(work_starts[batch] * num_heads, grid * NUM_WARPS);
-  if (thread < 2 * num_requests) {
-    const int request = first + thread / 2, is_stored = thread % 2;
-    const u32 count = work_starts[request + 1] - work_starts[request];
-    const u32 start = work_starts[request] * num_heads + head * count;
-    const u32 exact_end = start + min(count, (u32)EXACT_WORK);  // a row without a request has none
-    segments[thread / 2][is_stored] = Parted(shares, 2 * (request * num_heads + head) + is_stored,
-                                             is_stored ? exact_end : start, is_stored ? start + count : exact_end);
-  }
+  if (thread < 2 * num_requests)
+    segments[thread / 2][thread % 2] = Parted(shares, work_starts, first + thread / 2, head, num_heads, thread % 2);
   __syncthreads();
   auto count_of = [&](int r) { return segments[r][0].count + segments[r][1].count; };
   for (int j = thread; j < num_requests * max_count; j += AROUND_THREADS) {
@@ -92,40 +91,31 @@ DEVICE void merge_requests(const float* partials, const WorkStarts& work_starts,
     const int place = i < max_count ? places[r * max_count + i] : -1;
     return place < 0 ? nullptr : partials + (long long)place * PARTIAL;
   };
-  constexpr int AT_ONCE = HEADS == 1 ? 16 : HEADS <= 4 ? 8 : HEADS <= 8 ? 4 : 1;
+  constexpr int AT_ONCE = GROUP <= 4 ? 8 : GROUP <= 8 ? 4 : 1;
   const int part = REQUESTS == 1 ? part_of_threads : 0, own = REQUESTS == 1 ? 0 : part_of_threads;
-  float numbers[AT_ONCE][HEADS];
+  float numbers[AT_ONCE][GROUP];
   auto fetch = [&](int r, int i) {
 #pragma unroll
     for (int j = 0; j < AT_ONCE; j++) {
       const float* source = partial(r, i + j * STEP);
 #pragma unroll
-      for (int m = 0; m < HEADS; m++)
-        numbers[j][m] = source ? source[(first_query_head + m) * VALUE_DIM + own_dim] : 0;
+      for (int m = 0; m < GROUP; m++)
+        numbers[j][m] = source ? source[m * VALUE_DIM + own_dim] : 0;
     }
   };
   const bool adds = part_of_threads < PARTS;
   if (adds && own < num_requests) fetch(own, part);  // on their way while they get their weights
 
-  for (int row = thread >> 5; row < num_requests * HEADS; row += WARPS) {
-    const int r = row / HEADS, m = first_query_head + row % HEADS;
+  for (int row = thread >> 5; row < num_requests * GROUP; row += WARPS) {
+    const int r = row / GROUP, m = row % GROUP;
     float reference = LOWEST, denominator = 0, *weight = weights + row * max_count;
-    constexpr int LOADS = HEADS == 1 ? 4 : 1;  // on their way at once
-    for (int i = lane; i < count_of(r); i += 32 * LOADS) {
-      float its[LOADS], sum[LOADS];
-#pragma unroll
-      for (int j = 0; j < LOADS; j++) {
-        const float* source = partial(r, i + 32 * j);
-        its[j] = source ? source[SUMS + m] : LOWEST;
-        sum[j] = source ? source[SUMS + GROUP + m] : 0;
-      }
-#pragma unroll
-      for (int j = 0; j < LOADS; j++) {
-        const float higher = fmaxf(reference, its[j]);
-        denominator = denominator * exp2_(reference - higher) + sum[j] * exp2_(its[j] - higher);
-        reference = higher;
-        if (i + 32 * j < count_of(r)) weight[i + 32 * j] = its[j];
-      }
+    for (int i = lane; i < count_of(r); i += 32) {
+      const float* source = partial(r, i);
+      const float its = source ? source[SUMS + m] : LOWEST, sum = source ? source[SUMS + GROUP + m] : 0;
+      const float higher = fmaxf(reference, its);
+      denominator = denominator * exp2_(reference - higher) + sum * exp2_(its - higher);
+      reference = higher;
+      weight[i] = its;
     }
     const float sink = sink_scores ? sink_scores[head * GROUP + m] * 1.44269504f : LOWEST;
     float highest = fmaxf(reference, sink);
@@ -139,26 +129,27 @@ DEVICE void merge_requests(const float* partials, const WorkStarts& work_starts,
   __syncthreads();
 
   for (int r = own; adds && r < num_requests; r += REQUESTS == 1 ? 1 : PARTS) {
-    float exact[HEADS] = {}, stored[HEADS] = {};
-    for (int i = part; i < count_of(r); i += AT_ONCE * STEP) {
+    float exact[GROUP] = {}, stored[GROUP] = {};
+    const int count = count_of(r), num_exact = segments[r][0].count;
+    for (int i = part; i < count; i += AT_ONCE * STEP) {
       if (r != own || i != part) fetch(r, i);
 #pragma unroll
       for (int j = 0; j < AT_ONCE; j++) {
         const int at = i + j * STEP;
-        if (at >= count_of(r)) break;
-        const bool is_exact = at < segments[r][0].count;
+        if (at >= count) break;
+        const bool is_exact = at < num_exact;
 #pragma unroll
-        for (int m = 0; m < HEADS; m++) {
-          const float product = weights[(r * HEADS + m) * max_count + at] * numbers[j][m];
+        for (int m = 0; m < GROUP; m++) {
+          const float product = weights[(r * GROUP + m) * max_count + at] * numbers[j][m];
           exact[m] += is_exact ? product : 0;
           stored[m] += is_exact ? 0 : product;
         }
       }
     }
 #pragma unroll
-    for (int m = 0; m < HEADS; m++) {
-      found[0][part][r * HEADS + m][own_dim] = exact[m];
-      found[1][part][r * HEADS + m][own_dim] = stored[m];
+    for (int m = 0; m < GROUP; m++) {
+      found[0][part][r * GROUP + m][own_dim] = exact[m];
+      found[1][part][r * GROUP + m][own_dim] = stored[m];
     }
   }
   __syncthreads();
@@ -170,12 +161,11 @@ DEVICE void merge_requests(const float* partials, const WorkStarts& work_starts,
     return sum;
   };
   auto write = [&](int row, int dim, float even, float odd) {
-    const int query_head = head * GROUP + first_query_head + row % HEADS;
-    const long long target = (long long)(first + row / HEADS) * num_heads * GROUP + query_head;
+    const long long target = ((long long)(first + row / GROUP) * num_heads + head) * GROUP + row % GROUP;
     const float denominator = denominators[row], factor = denominator == 0 ? 0 : 1 / denominator;
     ((u32*)output)[(target * VALUE_DIM + dim) / 2] = to_exact_type(even * factor, odd * factor);
   };
-  const int num_rows = num_requests * HEADS;
+  const int num_rows = num_requests * GROUP;
   for (int i = thread; i < 16 * WORDS; i += AROUND_THREADS) {
     const int row = i / WORDS, dim = 2 * (i % WORDS);
     const float even = row < num_rows ? total(1, row, dim) : 0, odd = row < num_rows ? total(1, row, dim + 1) : 0;
@@ -202,16 +192,15 @@ DEVICE void merge_requests(const float* partials, const WorkStarts& work_starts,
   }
 }
 
-// A thread block for a kv head and MANY requests or one, or, where there are few, for a query head. operands: of the
-// matrix [VALUE_DIM][VALUE_DIM] that stored values are multiplied with from the right, every operands_stride of a kv
-// head. grid: of decode. value_unit: what sums of levels are to be multiplied with.
-#define MERGE(NAME, REQUESTS, HEADS)                                                                                 \
+// A thread block for a kv head and one request, or MANY. operands: of the matrix [VALUE_DIM][VALUE_DIM] that stored
+// values are multiplied with from the right, every operands_stride of a kv head. grid: of decode. value_unit: what sums
+// of levels are to be multiplied with.
+#define MERGE(NAME, REQUESTS)                                                                                        \
   extern "C" __global__ void __launch_bounds__(AROUND_THREADS, 1)                                                    \
       NAME(const float* partials, const int* before, int before_stride, const uint4* operands, int operands_stride,  \
            const float* sink_scores, void* output, int batch, int num_heads, int grid, float value_unit) {           \
-    merge_requests<REQUESTS, HEADS>(partials, {before, before_stride}, operands, operands_stride, sink_scores,       \
-                                    output, batch, num_heads, grid, value_unit);                                     \
+    merge_requests<REQUESTS>(partials, {before, before_stride}, operands, operands_stride, sink_scores, output,      \
+                             batch, num_heads, grid, value_unit);                                                    \
   }
-MERGE(merge_few, 1, 1)
-MERGE(merge, 1, GROUP)
-MERGE(merge_many, MANY, GROUP)
+MERGE(merge, 1)
+MERGE(merge_many, MANY)

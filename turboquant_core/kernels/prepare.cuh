@@ -18,7 +18,7 @@ struct Matrix {
   template <typename Rows>
   DEVICE void multiply_rows(const Rows& rows, int i, float (&product)[4]) const {
     const int tile = (threadIdx.x >> 5) + i * WARPS;
-    float rest[4] = {};
+    float rest[4] = {}, rest_of_rows[4] = {};
 #pragma unroll
     for (int c = 0; c < 4; c++) product[c] = 0;
 #pragma unroll
@@ -28,10 +28,10 @@ struct Matrix {
       rows.load(step, a, left);
       multiply<true>(product, a, b.x, b.y);
       multiply<true>(rest, a, b.z, b.w);
-      if (Rows::HAS_REST) multiply<true>(rest, left, b.x, b.y);
+      if (Rows::HAS_REST) multiply<true>(rest_of_rows, left, b.x, b.y);
     }
 #pragma unroll
-    for (int c = 0; c < 4; c++) product[c] += rest[c];
+    for (int c = 0; c < 4; c++) product[c] += rest[c] + rest_of_rows[c];
   }
 };
 
@@ -61,10 +61,11 @@ struct QueryRows {
   }
 };
 
-// Of REQUESTS requests and a kv head. See `prepare`.
+// Of REQUESTS requests and a kv head: transform the queries and write them as 16-bit integers in two parts, for each
+// query KEY_DIM upper bytes and then the lower ones, and what products with them are to be multiplied with. See `prepare`.
 template <int REQUESTS>
-DEVICE void prepare_requests(const void* queries, const uint4* operands, int operands_stride, u16* stored_queries,
-                             u8* stored_bytes, float* stored_scales, int batch, int num_heads, float scale) {
+DEVICE void prepare_requests(const void* queries, const uint4* operands, int operands_stride, u8* stored_bytes,
+                             float* stored_scales, int batch, int num_heads, float scale) {
   constexpr int WARPS = AROUND_THREADS / 32;
   typedef Matrix<KEY_DIM, WARPS> Transform;
   __shared__ int peaks[16];  // of rows; as integers, non-negative numbers have the same order
@@ -95,13 +96,12 @@ DEVICE void prepare_requests(const void* queries, const uint4* operands, int ope
     if (!rows.has(g + 8 * r)) break;
     const long long row = rows.row(g + 8 * r);
     const float peak = __int_as_float(peaks[g + 8 * r]), factor = peak > 0 ? 1 / peak : 0;
-    if (warp == 0 && t == 0) stored_scales[row] = peak * scale;
+    if (warp == 0 && t == 0) stored_scales[row] = peak * scale / (QUERY_PEAK * QUERY_UNIT);
 #pragma unroll
     for (int i = 0; i < Transform::OWN; i++) {
       const int tile = warp + i * WARPS;
       if (tile >= Transform::TILES) break;
       const float even = products[i][2 * r] * factor, odd = products[i][2 * r + 1] * factor;
-      if (!IN_BYTES) *(u32*)(stored_queries + row * KEY_DIM + 8 * tile + 2 * t) = to_halves(even, odd);
       const int integers[2] = {__float2int_rn(even * QUERY_PEAK), __float2int_rn(odd * QUERY_PEAK)};
       const int uppers[2] = {(integers[0] + 128) >> 8, (integers[1] + 128) >> 8};
       const int place = 2 * (tile & 1) + (t >> 1);  // among four of 4 numbers: a lane reads those of its own
@@ -116,10 +116,10 @@ DEVICE void prepare_requests(const void* queries, const uint4* operands, int ope
 // are multiplied with from the right, every operands_stride of a head.
 #define PREPARE(NAME, REQUESTS)                                                                                      \
   extern "C" __global__ void __launch_bounds__(AROUND_THREADS, 1)                                                    \
-      NAME(const void* queries, const uint4* operands, int operands_stride, u16* stored_queries, u8* stored_bytes,   \
-           float* stored_scales, int batch, int num_heads, float scale) {                                            \
-    prepare_requests<REQUESTS>(queries, operands, operands_stride, stored_queries, stored_bytes, stored_scales,      \
-                               batch, num_heads, scale);                                                             \
+      NAME(const void* queries, const uint4* operands, int operands_stride, u8* stored_bytes, float* stored_scales,  \
+           int batch, int num_heads, float scale) {                                                                  \
+    prepare_requests<REQUESTS>(queries, operands, operands_stride, stored_bytes, stored_scales, batch, num_heads,    \
+                               scale);                                                                               \
   }
 PREPARE(prepare, 1)
 PREPARE(prepare_many, MANY)

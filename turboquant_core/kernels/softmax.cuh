@@ -64,13 +64,20 @@ DEVICE void write_warp(const Softmax& softmax, bool is_exact, int lane, float* t
         target[SUMS + GROUP + column] = total;
       }
 #pragma unroll
-      for (int i = 0; i < VALUE_TILES; i++)
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-          float sum = softmax.sums[n][i][2 * r + c];
-          if (IS_SHARED) sum += __shfl_xor_sync(~0u, sum, 2);
-          const int dim = 16 * i + (is_exact ? 4 * (g >> 1) + 2 * r + (g & 1) : 8 * r + g);
-          if (column < GROUP) target[column * VALUE_DIM + dim] = sum;
+      for (int i = 0; i < VALUE_TILES; i++) {
+        float sums[2] = {softmax.sums[n][i][c], softmax.sums[n][i][2 + c]};
+        const int r_of_lane = t >> 1;
+        if (IS_SHARED) {  // lanes with t < 2 write the rows r = 0, the others those of r = 1
+          const float others = __shfl_xor_sync(~0u, r_of_lane ? sums[0] : sums[1], 2);
+          sums[0] = (r_of_lane ? sums[1] : sums[0]) + others;
         }
+#pragma unroll
+        for (int j = 0; j < (IS_SHARED ? 1 : 2); j++) {
+          const int r = IS_SHARED ? r_of_lane : j;
+          const int dim = 16 * i + (is_exact ? 4 * (g >> 1) + 2 * r + (g & 1) : 8 * r + g);
+          const int head = IS_SHARED ? column & 3 : column;
+          if (head < GROUP) target[head * VALUE_DIM + dim] = sums[j];
+        }
+      }
     }
 }
