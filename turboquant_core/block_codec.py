@@ -15,10 +15,7 @@ from torch import Tensor
 
 from turboquant_core.block_quantizer import BlockQuantizer
 from turboquant_core.codebook import Codebook, e4m3_codebook
-from turboquant_core.config import BLOCK_SIZE, MEAN_SIZE
 from turboquant_core.record import KEYS, VALUES, BlockParts, RecordLayout, quad_table
-
-_GROUPS = (BLOCK_SIZE // MEAN_SIZE, MEAN_SIZE)
 
 
 class BlockCodec:
@@ -116,8 +113,7 @@ class BlockCodec:
             return queries @ self._stored(records, KEYS).mT
         levels, norms, means, steps = self._read(records, KEYS)
         scores = (queries @ levels.mT).mul_(norms.unsqueeze(-2))
-        offsets = (queries @ means.mT) * steps.unsqueeze(-2)
-        scores.unflatten(-1, _GROUPS).add_(offsets.unsqueeze(-1))
+        scores += (queries @ means.unsqueeze(-1)) * steps[..., None, None]
         return scores
 
     def weighted_values(self, weights: Tensor, records: Tensor) -> Tensor:
@@ -132,14 +128,12 @@ class BlockCodec:
         """
         levels, norms, means, steps = self._read(records, VALUES)
         sums = (weights * norms.unsqueeze(-2)) @ levels
-        sums += (weights.unflatten(-1, _GROUPS).sum(-1) * steps.unsqueeze(-2)) @ means
+        sums += (weights.sum(-1, keepdim=True) * steps[..., None, None]) * means.unsqueeze(-2)
         return sums
 
     def _stored(self, records: Tensor, kind: int) -> Tensor:
         levels, norms, means, steps = self._read(records, kind)
-        vectors = levels.mul_(norms.unsqueeze(-1))
-        vectors.unflatten(-2, _GROUPS).add_((means * steps.unsqueeze(-1)).unsqueeze(-2))
-        return vectors
+        return levels.mul_(norms.unsqueeze(-1)).add_((means * steps.unsqueeze(-1)).unsqueeze(-2))
 
     def _read(self, records: Tensor, kind: int) -> BlockParts:
         dim, bits = self._quantizers[kind].dim, self._quantizers[kind].bits

@@ -1,7 +1,7 @@
 """BlockQuantizer: the codec of the compressed cache, 64 tokens of one kv head at a time.
 
     y = A x                     transform.py: a rotation, or one balanced by second moments
-    m = mean of 32 tokens' y    stored in int8 with a step, which spends on it what bfloat16 for 64 would
+    m = mean of the block's y   stored in int8 with a step
     y - m                       quantized: codes, and a norm per token
 
 What rounding the mean loses is quantized with the rest. This file knows nothing of layers or models.
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from turboquant_core.codebook import check_dim, e4m3_codebook
-from turboquant_core.config import BLOCK_SIZE, MEAN_SIZE, SUPPORTED_BITS
+from turboquant_core.config import BLOCK_SIZE, SUPPORTED_BITS
 from turboquant_core.level_coder import LevelCoder, level_coder
 from turboquant_core.packing import pack, packed_size
 from turboquant_core.quantizer import ScaleRule, normalize, scale_factor, to_norms
@@ -33,7 +33,6 @@ VALUE_SCALE: ScaleRule = "unbiased"
 # 4 / 3 / 2 bits and dim 128 this takes 12 / 5 / 1% off the squared error; more lengths would take 2% more.
 TRIAL_LENGTHS = (0.84, 0.92, 1.08, 1.16)
 _INT8_MAX = 127
-_GROUPS = (BLOCK_SIZE // MEAN_SIZE, MEAN_SIZE)
 
 
 class EncodedBlocks(NamedTuple):
@@ -42,8 +41,8 @@ class EncodedBlocks(NamedTuple):
     Attributes:
         codes: uint8 ``[..., 64, dim]``; 8 bits are the bytes of int8 numbers.
         norms: float16 ``[..., 64]``.
-        means: int8 ``[..., 2, dim]``, one for each 32 tokens, of the transformed vectors.
-        mean_steps: float16 ``[..., 2]``; a mean is its int8 numbers times its step.
+        means: int8 ``[..., dim]``, of the transformed vectors.
+        mean_steps: float16 ``[...]``; a mean is its int8 numbers times its step.
     """
 
     codes: Tensor
@@ -58,8 +57,8 @@ class QuantizedBlocks(NamedTuple):
     Attributes:
         codes: uint8 ``[..., 64, packed_size(dim, bits)]``.
         norms: float16 ``[..., 64]``.
-        means: int8 ``[..., 2, dim]``.
-        mean_steps: float16 ``[..., 2]``.
+        means: int8 ``[..., dim]``.
+        mean_steps: float16 ``[...]``.
     """
 
     codes: Tensor
@@ -123,10 +122,9 @@ class BlockQuantizer:
             raise ValueError(f"blocks must have {num_heads} heads in their fourth last dimension")
         if not x.is_floating_point():
             raise TypeError(f"blocks must be floating-point, got {x.dtype}")
-        y = self._per_head(self.transform.apply, x.float()).unflatten(-2, _GROUPS)
+        y = self._per_head(self.transform.apply, x.float())
         means, mean_steps = _quantized_means(y)
-        centred = y.sub_(_to_means(means, mean_steps).unsqueeze(-2)).flatten(-3, -2)
-        codes, norms = self._quantize_centred(centred)
+        codes, norms = self._quantize_centred(y.sub_(_to_means(means, mean_steps).unsqueeze(-2)))
         return EncodedBlocks(codes, norms, means, mean_steps)
 
     @torch.no_grad()
@@ -145,9 +143,8 @@ class BlockQuantizer:
             y = blocks.codes.view(torch.int8).float()
         else:
             y = self._coder(blocks.codes.device).unpack(blocks.codes, self.dim)
-        y = y.mul_(blocks.norms.unsqueeze(-1)).unflatten(-2, _GROUPS)
-        y += _to_means(blocks.means, blocks.mean_steps).unsqueeze(-2)
-        return self._per_head(self.transform.undo, y.flatten(-3, -2)).to(dtype)
+        y.mul_(blocks.norms.unsqueeze(-1)).add_(_to_means(blocks.means, blocks.mean_steps).unsqueeze(-2))
+        return self._per_head(self.transform.undo, y).to(dtype)
 
     def _per_head(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Apply a function of ``[..., num_heads, num_vectors, dim]`` to blocks."""

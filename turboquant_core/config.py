@@ -7,10 +7,7 @@ from dataclasses import dataclass
 from turboquant_core.packing import packed_size
 
 BLOCK_SIZE = 64
-"""Tokens that leave the residual together."""
-
-MEAN_SIZE = 32
-"""Tokens of a block that share one mean per kv head."""
+"""Tokens that leave the residual together and share one mean per kv head."""
 
 SUPPORTED_BITS = (2, 3, 4, 8)
 
@@ -60,4 +57,4 @@ class KVCacheConfig:
 
 def vector_bytes(head_dim: int, bits: int) -> float:
     """Return the bytes of one compressed key or value in one kv head: codes, norm and its share of a mean."""
-    return packed_size(head_dim, bits) + _NORM_BYTES + (head_dim + _MEAN_STEP_BYTES) / MEAN_SIZE
+    return packed_size(head_dim, bits) + _NORM_BYTES + (head_dim + _MEAN_STEP_BYTES) / BLOCK_SIZE

@@ -13,10 +13,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from turboquant_core.config import BLOCK_SIZE, MEAN_SIZE
-from turboquant_core.record_codes import KEYS, RECORD_ORDER, TILE, VALUES, permute, tile_axes, to_bytes
-
-_NUM_HALVES = BLOCK_SIZE // MEAN_SIZE
+from turboquant_core.config import BLOCK_SIZE
+from turboquant_core.record_codes import (
+    HALF_SIZE,
+    KEYS,
+    RECORD_ORDER,
+    TILE,
+    VALUES,
+    permute,
+    tile_axes,
+    to_bytes,
+)
 
 
 class ExactCodec:
@@ -37,8 +44,8 @@ class ExactCodec:
         self._dims = (key_dim, value_dim)
         self._num_tiles = [-(-dim // TILE) for dim in self._dims]
         # Of half a record.
-        self._sizes = [MEAN_SIZE * TILE * count * dtype.itemsize for count in self._num_tiles]
-        self.record_bytes = _NUM_HALVES * sum(self._sizes)
+        self._sizes = [HALF_SIZE * TILE * count * dtype.itemsize for count in self._num_tiles]
+        self.record_bytes = 2 * sum(self._sizes)
 
     def encode(self, keys: Tensor, values: Tensor) -> Tensor:
         """Make records of blocks."""
@@ -51,7 +58,7 @@ class ExactCodec:
 
     def read(self, records: Tensor) -> tuple[Tensor, Tensor]:
         """Return the keys and values of records in the type that they are kept in."""
-        keys, values = records.contiguous().unflatten(-1, (_NUM_HALVES, -1)).split(self._sizes, -1)
+        keys, values = records.contiguous().unflatten(-1, (2, -1)).split(self._sizes, -1)
         return self._from_tiles(keys, KEYS), self._from_tiles(values, VALUES)
 
     def _to_tiles(self, states: Tensor, kind: int) -> Tensor:
@@ -62,7 +69,7 @@ class ExactCodec:
         tiles = (states.mT if kind == VALUES else states).flatten()
         tiles = tiles.view(leading.numel(), *tile_axes(kind, num_tiles), 4)
         order = (*RECORD_ORDER[kind], len(RECORD_ORDER[kind]))
-        return to_bytes(permute(tiles, order).flatten(2)).view(*leading, _NUM_HALVES, self._sizes[kind])
+        return to_bytes(permute(tiles, order).flatten(2)).view(*leading, 2, self._sizes[kind])
 
     def _from_tiles(self, data: Tensor, kind: int) -> Tensor:
         """Undo `_to_tiles`."""

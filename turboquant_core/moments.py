@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from turboquant_core.cache import cache_argument
 from turboquant_core.codebook import MIN_DIM
-from turboquant_core.config import MEAN_SIZE
+from turboquant_core.config import BLOCK_SIZE
 from turboquant_core.transform import LayerTransforms, balanced
 
 _WATCHED = "turboquant_watched"
@@ -139,7 +139,7 @@ def _eager_attention(module: Any) -> Any:
 
 def _centred(states: Tensor) -> Tensor:
     """Subtract from ``[batch, num_heads, num_tokens, dim]`` such means as the cache stores."""
-    group = min(MEAN_SIZE, states.shape[2])
+    group = min(BLOCK_SIZE, states.shape[2])
     whole = states[:, :, : states.shape[2] // group * group].float().unflatten(2, (-1, group))
     centred: Tensor = whole - whole.mean(-2, keepdim=True)
     return centred.flatten(2, 3)

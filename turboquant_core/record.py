@@ -1,8 +1,12 @@
 """The bytes of a record: keys and values of one block and kv head, in the order that tensor cores read.
 
-A record is two sub-blocks of 32 tokens. Each is, padded to a multiple of 16 bytes,
+A record is two halves of 32 tokens, and between them the means of all 64, padded to a multiple of 16 bytes:
 
-    key codes | value codes | norms, 128 | key mean, int8 | value mean, int8 | key step, value step, float16
+    key codes | value codes | norms, 128 bytes                             tokens 0 .. 31
+    key mean, int8 | value mean, int8 | key step, value step, float16
+    key codes | value codes | norms, 128 bytes                             tokens 32 .. 63
+
+So each half and the means are one piece of memory, of the same size and at a multiple of 16 bytes.
 
 Head dims are rounded up to a multiple of 16; codes and means beyond them are written as 0 and may be anything
 when they are read. Codes lie in tiles of 16 x 16, one row of tiles after another: keys with a row per token
@@ -45,17 +49,16 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from turboquant_core.block_quantizer import EncodedBlocks
-from turboquant_core.config import BLOCK_SIZE, MEAN_SIZE
-from turboquant_core.record_codes import KEYS, VALUES, CodeLayout, permute, quad_table, to_bytes
+from turboquant_core.config import BLOCK_SIZE
+from turboquant_core.record_codes import HALF_SIZE, KEYS, VALUES, CodeLayout, permute, quad_table, to_bytes
 
 __all__ = ["KEYS", "VALUES", "BlockParts", "RecordLayout", "quad_table"]
 
 _ALIGNMENT = 16
-_NORM_BYTES = 2 * 2 * MEAN_SIZE
+_NORM_BYTES = 2 * 2 * HALF_SIZE
 _STEP_BYTES = 2 * 2
-_GROUPS = (BLOCK_SIZE // MEAN_SIZE, MEAN_SIZE)
 
-# The axes of a block's norms, and their order in a record: kind, sub-block, tile row, g // 2, r, g % 2.
+# The axes of a block's norms, and their order in a record: kind, half, tile row, g // 2, r, g % 2.
 _NORM_AXES = (2, 2, 2, 4, 2, 2)
 _NORM_ORDER = (1, 3, 5, 2, 0, 4)
 
@@ -63,13 +66,13 @@ _NORM_ORDER = (1, 3, 5, 2, 0, 4)
 class BlockParts(NamedTuple):
     """Hold the keys or values of blocks with leading shape ``[...]``, all float32.
 
-    Token i is ``levels[i] * norms[i] + means[i // 32] * steps[i // 32]``.
+    Token i is ``levels[i] * norms[i] + means * steps``.
 
     Attributes:
         levels: ``[..., 64, dim]``, with neighbouring dimensions side by side for keys, tokens for values.
         norms: ``[..., 64]``.
-        means: ``[..., 2, dim]``.
-        steps: ``[..., 2]``.
+        means: ``[..., dim]``.
+        steps: ``[...]``.
     """
 
     levels: Tensor
@@ -89,33 +92,38 @@ class RecordLayout:
 
     Attributes:
         record_bytes: Size of a record.
-        starts: Where the fields of half a record start, in bytes and in their order, and where the last ends.
+        starts: In bytes and in their order, where the fields of the first half start and those of the means,
+            where these end, and where the second half starts: as large are a half and the means together.
     """
 
     def __init__(self, key_dim: int, key_bits: int, value_dim: int, value_bits: int) -> None:
         self._codes = (CodeLayout(key_dim, key_bits, KEYS), CodeLayout(value_dim, value_bits, VALUES))
         sizes = [codes.num_bytes for codes in self._codes]
         sizes += [_NORM_BYTES, *(codes.padded_dim for codes in self._codes), _STEP_BYTES]
-        self.starts = (0, *itertools.accumulate(sizes))
-        self._padding = -self.starts[-1] % _ALIGNMENT
-        self._sub_block_bytes = self.starts[-1] + self._padding
-        self.record_bytes = _GROUPS[0] * self._sub_block_bytes
+        ends = list(itertools.accumulate(sizes))
+        self._half_bytes = ends[2]
+        self._padding = -ends[-1] % _ALIGNMENT
+        self.starts = (0, *ends, ends[-1] + self._padding)
+        self.record_bytes = self.starts[-1] + self._half_bytes
 
     def write(self, keys: EncodedBlocks, values: EncodedBlocks) -> Tensor:
         """Return the records of blocks with leading shape ``[...]``, uint8 ``[..., record_bytes]``."""
         leading = keys.norms.shape[:-1]
         pairs = list(zip(self._codes, (keys, values), strict=True))
         norms = torch.stack([keys.norms, values.norms], -2).view(leading.numel(), *_NORM_AXES)
-        fields = [
+        halves = [
             *(codes.write(blocks.codes) for codes, blocks in pairs),
-            to_bytes(permute(norms, _NORM_ORDER)).view(*leading, _GROUPS[0], _NORM_BYTES),
+            to_bytes(permute(norms, _NORM_ORDER)).view(*leading, 2, _NORM_BYTES),
+        ]
+        first, second = torch.cat(halves, -1).unbind(-2)
+        means = [
             *(
                 _ordered_means(blocks.means, codes.padded_dim, kind)
                 for kind, (codes, blocks) in enumerate(pairs)
             ),
             to_bytes(torch.stack([keys.mean_steps, values.mean_steps], -1)),
         ]
-        return pad(torch.cat(fields, -1), (0, self._padding)).flatten(-2)
+        return torch.cat([first, pad(torch.cat(means, -1), (0, self._padding)), second], -1)
 
     def read(self, records: Tensor, kind: int, table: Tensor | None) -> BlockParts:
         """Read keys or values.
@@ -130,18 +138,22 @@ class RecordLayout:
         """
         if records.shape[-1] != self.record_bytes:
             raise ValueError(f"records must have {self.record_bytes} bytes, got {records.shape[-1]}")
-        leading = records.shape[:-1]
-        sub_blocks = records.contiguous().view(*leading, _GROUPS[0], self._sub_block_bytes)
+        records = records.contiguous()
+        halves = records.unfold(-1, self._half_bytes, self.starts[-1])
         codes = self._codes[kind]
-        fields = [sub_blocks[..., start:end] for start, end in itertools.pairwise(self.starts)]
+
+        def field(part: Tensor, index: int) -> Tensor:
+            return part[..., self.starts[index] : self.starts[index + 1]]
+
         # What is left of a record's order without the kind, which is chosen first.
-        norms = fields[2].view(torch.float16).float().unflatten(-1, (4, 2, 2, 2, 2)).select(-2, kind)
+        norms = field(halves, 2).view(torch.float16).float().unflatten(-1, (4, 2, 2, 2, 2)).select(-2, kind)
         norms = norms.movedim((-2, -4, -1, -3), (-4, -3, -2, -1))
+        means = _means_in_order(field(records, 3 + kind).view(torch.int8), kind)
         return BlockParts(
-            levels=codes.read(fields[kind], table),
-            norms=norms.reshape(*leading, BLOCK_SIZE),
-            means=_means_in_order(fields[3 + kind].view(torch.int8), kind)[..., : codes.dim].float(),
-            steps=fields[5].view(torch.float16)[..., kind].float(),
+            levels=codes.read(field(halves, kind), table),
+            norms=norms.reshape(*records.shape[:-1], BLOCK_SIZE),
+            means=means[..., : codes.dim].float(),
+            steps=field(records, 5).view(torch.float16)[..., kind].float(),
         )
 
 

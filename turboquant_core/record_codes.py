@@ -13,6 +13,9 @@ from turboquant_core.table import take_rows
 
 KEYS, VALUES = 0, 1
 
+HALF_SIZE = BLOCK_SIZE // 2
+"""Tokens of half a record."""
+
 TILE = 16
 _NUM_LANES = 32
 
@@ -20,7 +23,7 @@ _NUM_LANES = 32
 # j at bit 4j and sign j here; at 4 bits these are the places from which one swap brings all signs to theirs.
 _SIGN_BITS = {2: (1, 5, 9, 13), 3: (2, 6, 10, 14), 4: (7, 15, 3, 11)}
 
-# The order of the axes of a block's quads (`tile_axes`) in a record: sub-block, tile, lane, r.
+# The order of the axes of a block's quads (`tile_axes`) in a record: half, tile, lane, r.
 RECORD_ORDER = {KEYS: (0, 1, 5, 2, 4, 6, 3), VALUES: (3, 0, 4, 2, 5, 1)}
 
 
@@ -41,8 +44,8 @@ def quad_table(levels: Tensor, bits: int) -> Tensor:
 def tile_axes(kind: int, num_tiles: int) -> tuple[int, ...]:
     """Return the axes of a block's quads, of a head dim of so many tiles.
 
-    Keys: sub-block, tile row, g // 2, r, g % 2, tile column, t.
-    Values, transposed: tile row, r, g, sub-block, tile column, t.
+    Keys: half, tile row, g // 2, r, g % 2, tile column, t.
+    Values, transposed: tile row, r, g, half, tile column, t.
     """
     return (num_tiles, 2, 8, 2, 2, 4) if kind == VALUES else (2, 2, 4, 2, 2, num_tiles, 4)
 

@@ -134,14 +134,16 @@ def test_what_lies_beyond_the_parts_of_a_record_counts_for_nothing(bits: int) ->
         codes, norms, means, steps = quantizer.encode(x)
         size = 32 - x.shape[-1]
         more_codes = torch.randint(0, 2**bits, (2, 3, 64, size), generator=generator, dtype=torch.uint8)
-        more_means = torch.full((2, 3, 2, size), -1, dtype=torch.int8)
+        more_means = torch.full((2, 3, size), -1, dtype=torch.int8)
         wider.append(
             EncodedBlocks(
                 torch.cat([codes, more_codes], -1), norms, torch.cat([means, more_means], -1), steps
             )
         )
-    poisoned = RecordLayout(32, bits, 32, bits).write(*wider)
-    poisoned.unflatten(-1, (2, -1))[..., -12:] = 255
+    layout = RecordLayout(32, bits, 32, bits)
+    poisoned = layout.write(*wider)
+    start, end = layout.starts[-2:]
+    poisoned[..., start:end] = 255
     clean = codec.encode(*inputs)
     assert not torch.equal(poisoned, clean)
     poisoned, clean = poisoned.transpose(0, 1), clean.transpose(0, 1)

@@ -72,7 +72,7 @@ def test_footprint_at_4_bits_is_what_codes_norms_means_and_exact_tokens_take() -
     num_compressed = 64 * num_blocks
     footprint = cache.memory_footprint()
     assert footprint == MemoryFootprint(
-        compressed_bytes=heads * (num_compressed * (64 + 2) + num_blocks * 2 * (128 + 2)),
+        compressed_bytes=heads * (num_compressed * (64 + 2) + num_blocks * (128 + 2)),
         exact_bytes=heads * (4096 - num_compressed) * 128 * 2,
         other_bytes=0,
         num_compressed_values=heads * num_compressed * 128,
@@ -81,7 +81,7 @@ def test_footprint_at_4_bits_is_what_codes_norms_means_and_exact_tokens_take() -
     assert footprint.bf16_bytes == heads * 4096 * 128 * 2
     assert footprint.total_bytes == storage_bytes(cache)
     assert footprint.bits_per_value == 8 * footprint.total_bytes / (heads * 4096 * 128)
-    assert footprint.bits_per_compressed_value == KVCacheConfig().bits_per_value(128, 128) == 4.37890625
+    assert footprint.bits_per_compressed_value == KVCacheConfig().bits_per_value(128, 128) == 4.251953125
 
 
 def test_an_unused_cache_takes_nothing() -> None:
@@ -125,7 +125,7 @@ def test_key_and_value_bits_are_separate_and_default_to_bits() -> None:
     cache = TurboQuantCache(8, value_bits=2, residual_length=0, num_sinks=0)
     states = torch.randn(1, 1, 64, 32)
     cache.update(states, states, 0)
-    mean_bytes = 2 * (32 + 2)
+    mean_bytes = 32 + 2
     assert cache.memory_footprint().compressed_bytes == 64 * (32 + 2 + 8 + 2) + 2 * mean_bytes
 
 
@@ -246,7 +246,7 @@ def test_measured_transforms_lower_the_error_of_a_model_with_outlier_channels(bi
         TurboQuantCache(bits, residual_length=0),
     )
     balanced_error, error = ((logits(cache) - expected).square().mean().sqrt() for cache in caches)
-    assert balanced_error < error / 1.75
+    assert balanced_error < error / 1.65
 
 
 def test_numbers_are_checked_at_once_and_heads_below_16_at_the_first_forward() -> None:

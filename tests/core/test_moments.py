@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from turboquant_core import LayerTransforms, Transform, TurboQuantCache, cache_argument, measure_transforms
 from turboquant_core import moments as moments_module
 
-GROUP = 32  # tokens that share a mean
+GROUP = 64  # tokens that share a mean
 FLOOR = 0.01  # of the mean eigenvalue, added to each
 
 

@@ -26,8 +26,8 @@ def random_blocks(leading: tuple[int, ...], dim: int, bits: int, seed: int) -> E
     return EncodedBlocks(
         torch.randint(0, 2**bits, (*leading, 64, dim), generator=generator, dtype=torch.uint8),
         torch.rand(*leading, 64, generator=generator).half(),
-        torch.randint(-127, 128, (*leading, 2, dim), generator=generator, dtype=torch.int8),
-        torch.rand(*leading, 2, generator=generator).half(),
+        torch.randint(-127, 128, (*leading, dim), generator=generator, dtype=torch.int8),
+        torch.rand(leading, generator=generator).half(),
     )
 
 
@@ -38,7 +38,7 @@ def plane_offset(word: int, lane: int, num_words: int) -> int:
 
 
 def code_bytes(codes: list[list[int]], bits: int, is_values: bool) -> bytes:
-    """Lay out codes ``[32][dim]`` of one sub-block; `dim` is a multiple of 16."""
+    """Lay out codes ``[32][dim]`` of half a block; `dim` is a multiple of 16."""
     dim_tiles = len(codes[0]) // 16
     num_tiles = 2 * dim_tiles
     num_words = {2: num_tiles // 2, 3: num_tiles // 2, 4: num_tiles, 8: 2 * num_tiles}[bits]
@@ -78,31 +78,33 @@ def code_bytes(codes: list[list[int]], bits: int, is_values: bool) -> bytes:
 
 def record_bytes(keys: EncodedBlocks, values: EncodedBlocks, key_bits: int, value_bits: int) -> bytes:
     """Lay out one block."""
-    record = b""
+    halves = []
     for half in range(2):
         tokens = slice(32 * half, 32 * half + 32)
-        means = b""
+        codes = b""
         for blocks, bits, is_values in ((keys, key_bits, False), (values, value_bits, True)):
             padding = [0] * (-blocks.codes.shape[-1] % 16)
-            codes = [row + padding for row in blocks.codes[tokens].tolist()]
-            record += code_bytes(codes, bits, is_values)
-            mean, num_tiles = [*blocks.means[half].tolist(), *padding], len(codes[0]) // 16
-            if is_values:
-                places = itertools.product(range(num_tiles), range(2), range(8))
-                order = sorted(range(len(mean)), key=[(g, tile, r) for tile, r, g in places].__getitem__)
-            else:
-                places = itertools.product(range(num_tiles), range(4), range(4))
-                order = sorted(range(len(mean)), key=[(t, tile, j) for tile, t, j in places].__getitem__)
-            means += struct.pack(f"{len(mean)}b", *(mean[dim] for dim in order))
+            codes += code_bytes([row + padding for row in blocks.codes[tokens].tolist()], bits, is_values)
         norms = [0.0] * 64
         for token_tile, g, r in itertools.product((0, 1), range(8), (0, 1)):
             token = 32 * half + 16 * token_tile + 4 * (g // 2) + 2 * r + g % 2
             norms[(2 * g + token_tile) * 4 + r] = keys.norms[token].item()
             norms[(2 * g + token_tile) * 4 + 2 + r] = values.norms[token].item()
-        record += struct.pack("<64e", *norms) + means
-        record += struct.pack("<2e", keys.mean_steps[half].item(), values.mean_steps[half].item())
-        record += bytes(-len(record) % 16)
-    return record
+        halves.append(codes + struct.pack("<64e", *norms))
+    means = b""
+    for blocks, is_values in ((keys, False), (values, True)):
+        mean = [*blocks.means.tolist(), *[0] * (-blocks.means.shape[-1] % 16)]
+        num_tiles = len(mean) // 16
+        if is_values:
+            places = itertools.product(range(num_tiles), range(2), range(8))
+            order = sorted(range(len(mean)), key=[(g, tile, r) for tile, r, g in places].__getitem__)
+        else:
+            places = itertools.product(range(num_tiles), range(4), range(4))
+            order = sorted(range(len(mean)), key=[(t, tile, j) for tile, t, j in places].__getitem__)
+        means += struct.pack(f"{len(mean)}b", *(mean[dim] for dim in order))
+    means += struct.pack("<2e", keys.mean_steps.item(), values.mean_steps.item())
+    means += bytes(-len(means) % 16)
+    return halves[0] + means + halves[1]
 
 
 def levels_of(bits: int) -> Tensor:
@@ -151,8 +153,20 @@ def test_what_was_written_is_read(
 
 @pytest.mark.parametrize(("bits", "codes"), [(2, 2048), (3, 3072), (4, 4096), (8, 8192)])
 def test_sizes_at_head_dim_128(bits: int, codes: int) -> None:
-    """Norms, means and steps add 388 bytes to each half; the next multiple of 16 is 12 bytes away."""
-    assert RecordLayout(128, bits, 128, bits).record_bytes == 2 * (codes + 400)
+    """Norms add 128 bytes to each half; means and steps take 260, 12 bytes less than a multiple of 16."""
+    assert RecordLayout(128, bits, 128, bits).record_bytes == 2 * (codes + 128) + 272
+
+
+@pytest.mark.parametrize("key_bits", BITS)
+@pytest.mark.parametrize("value_bits", BITS)
+def test_each_half_and_the_means_are_one_piece_at_a_multiple_of_16_bytes(
+    key_bits: int, value_bits: int
+) -> None:
+    for key_dim, value_dim in itertools.product((*range(16, 257, 16), 17, 100), repeat=2):
+        layout = RecordLayout(key_dim, key_bits, value_dim, value_bits)
+        means, end_of_piece = layout.starts[3], layout.starts[-1]
+        assert means % 16 == end_of_piece % 16 == 0
+        assert layout.record_bytes == means + end_of_piece
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -164,10 +178,9 @@ def test_what_lies_beyond_a_head_dim_is_not_read(bits: int, dim: int) -> None:
     layout = RecordLayout(dim, bits, dim, bits)
     records = RecordLayout(wider, bits, wider, bits).write(keys, values)
     assert records.shape[-1] == layout.record_bytes
-    half = records.shape[-1] // 2
-    for end in (half, 2 * half):
-        assert not records[..., end - 12 : end].any()
-        records[..., end - 12 : end] = 255
+    start, end = layout.starts[-2:]
+    assert end - start == 12 and not records[..., start:end].any()
+    records[..., start:end] = 255
     for kind, blocks in ((KEYS, keys), (VALUES, values)):
         codes, norms, means, steps = blocks
         cut = EncodedBlocks(codes[..., :dim], norms, means[..., :dim], steps)
@@ -191,5 +204,5 @@ def test_strided_records_are_read_as_they_look(bits: int) -> None:
 
 def test_records_of_another_size_are_refused() -> None:
     layout = RecordLayout(64, 4, 64, 4)
-    with pytest.raises(ValueError, match=r"records must have 4640 bytes, got 4639"):
-        read(layout, torch.zeros(2, 4639, dtype=torch.uint8), KEYS, 4)
+    with pytest.raises(ValueError, match=r"records must have 4496 bytes, got 4495"):
+        read(layout, torch.zeros(2, 4495, dtype=torch.uint8), KEYS, 4)

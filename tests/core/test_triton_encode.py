@@ -149,8 +149,8 @@ def test_what_pads_a_record_is_zero(bits: tuple[int, int]) -> None:
         EncodedBlocks(  # the lowest code has all bits set but that of 8 bits
             codes=torch.full((64, quantizer.dim), 255 if quantizer.bits == 8 else 0, dtype=torch.uint8),
             norms=ones.expand(64),
-            means=torch.full((2, quantizer.dim), -1, dtype=torch.int8),
-            mean_steps=ones.expand(2),
+            means=torch.full((quantizer.dim,), -1, dtype=torch.int8),
+            mean_steps=ones,
         )
         for quantizer in (codec.key_quantizer, codec.value_quantizer)
     )

@@ -124,7 +124,7 @@ class ExactBlocks:
     def __init__(self, *_: object, **__: object) -> None: ...
 
     def quantize(self, x: Tensor) -> QuantizedBlocks:
-        return QuantizedBlocks(x.clone(), x[..., 0].clone(), x[..., :2, :].clone(), x[..., :2, 0].clone())
+        return QuantizedBlocks(x.clone(), x[..., 0].clone(), x[..., 0, :].clone(), x[..., 0, 0].clone())
 
     def dequantize(self, blocks: QuantizedBlocks, dtype: torch.dtype) -> Tensor:
         return blocks.codes.to(dtype)

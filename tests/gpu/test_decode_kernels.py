@@ -239,9 +239,7 @@ def test_one_request(position: int, num_kv_heads: int) -> None:
         (12, (16, 16), (3, 8)),
     ],
 )
-def test_one_request_of_other_shapes(
-    group_size: int, dims: tuple[int, int], bits: tuple[int, int]
-) -> None:
+def test_one_request_of_other_shapes(group_size: int, dims: tuple[int, int], bits: tuple[int, int]) -> None:
     for position, window in ((10, None), (900, None), (9000, None), (9000, 700)):
         assert_is_right(make_case([position], group_size=group_size, dims=dims, bits=bits, window=window))
 

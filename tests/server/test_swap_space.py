@@ -89,7 +89,7 @@ def test_a_crowd_in_a_small_cache_gets_what_each_of_it_gets_alone(
 ) -> None:
     """By preemption, with aborts, of prompts that share their beginnings."""
     alone = make_bench(tiny_model, tiny_tokenizer, 40, caches_prefixes=False)
-    small = make_bench(tiny_model, tiny_tokenizer, 18, num_host_blocks=num_host_blocks, overlaps_steps=True)
+    small = make_bench(tiny_model, tiny_tokenizer, 16, num_host_blocks=num_host_blocks, overlaps_steps=True)
     requests = {
         str(index): prompt(index % 3)[: 400 + 50 * (index % 7)] + prompt(50 + index, 20)
         for index in range(10)

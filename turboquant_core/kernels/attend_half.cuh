@@ -146,17 +146,18 @@ DEVICE void byte_products(const StoredQueries& queries, const KeyCodes& codes, u
     }
 }
 
-// 32 tokens of a block, in shared memory. Rows of the sums: dimension 16R + 8r + g.
+// Half a block and its means, in shared memory. Rows of the sums: dimension 16R + 8r + g.
 DEVICE void attend_half(const Arguments& args, const StoredQueries& queries, const KeyCodes& key_codes,
-                        const ValueCodes& value_codes, u32 half, int num_hidden, int lane, Softmax& softmax) {
+                        const ValueCodes& value_codes, u32 half, u32 means, int num_hidden, int lane,
+                        Softmax& softmax) {
   const int g = lane >> 2, t = lane & 3;
-  const u32 steps = IS_PLAIN ? 0 : load_word(half + STEPS_AT);
+  const u32 steps = IS_PLAIN ? 0 : load_word(means + STEPS_AT);
   const float key_step = half_to_float(steps & 0xFFFF) / args.key_unit;
   const float value_step = half_to_float(steps >> 16) / args.value_unit;
   const float smallest_size = fmaxf(value_step, SMALLEST_VALUE);
 
   float mean_products[NUM_COLS][2] = {};
-  if (!IS_PLAIN) key_mean_products(queries, half + KEY_MEAN_AT + t * 4 * KEY_TILES, t, mean_products);
+  if (!IS_PLAIN) key_mean_products(queries, means + t * 4 * KEY_TILES, t, mean_products);
   float products[NUM_SETS][NUM_COLS][4];
   if (IN_BYTES)
     byte_products(queries, key_codes, half, lane, products);
@@ -234,7 +235,7 @@ DEVICE void attend_half(const Arguments& args, const StoredQueries& queries, con
   // Bytes of the mean: rows g and g + 8 of one tile, then of the next. The operand has those of both tiles beside
   // each other, and each tile its weights where the other has 0.
   u32 mean[(VALUE_TILES + 1) / 2];
-  const u32 mean_row = half + VALUE_MEAN_AT + g * 2 * VALUE_TILES;
+  const u32 mean_row = means + VALUE_MEAN_AT + g * 2 * VALUE_TILES;
   if (IS_PLAIN) {
   } else if (VALUE_TILES % 2 == 0) {
     load_row(mean, mean_row);

@@ -1,4 +1,4 @@
-// Shared memory, by 32-bit addresses: copies to it of HALF_BYTES that go on while warps work, barriers that tell
+// Shared memory, by 32-bit addresses: copies to it of COPY_BYTES that go on while warps work, barriers that tell
 // when they are done, and what reads it.
 
 DEVICE void init_barrier(u32 barrier, int count) {
@@ -17,29 +17,32 @@ DEVICE void wait(u32 barrier, u32 parity) {
       : "memory");
 #endif
 }
-// Copy a half; `barrier` turns when it has arrived. From sm_90 on by one lane, before by all lanes of a warp.
+// Copy a half and the means; `barrier` turns when they have arrived. From sm_90 on by one lane, before by all lanes of
+// a warp.
 #if __CUDA_ARCH__ >= 900
 constexpr int NUM_COPIERS = 1;
 DEVICE void copy_half(u32 target, const u8* source, u32 barrier) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _,[%0],%1;" ::"r"(barrier), "r"(HALF_BYTES) : "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _,[%0],%1;" ::"r"(barrier), "r"(COPY_BYTES) : "memory");
   u64 policy;  // what is read once a step does not have to stay in the cache
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0,1.0;" : "=l"(policy));
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0],[%1],%2,[%3],%4;" ::"r"(target),
-      "l"(source), "r"(HALF_BYTES), "r"(barrier), "l"(policy)
+      "l"(source), "r"(COPY_BYTES), "r"(barrier), "l"(policy)
       : "memory");
 }
 #else
 constexpr int NUM_COPIERS = 32;
 DEVICE void copy_half(u32 target, const u8* source, u32 barrier) {
-  for (int at = (threadIdx.x & 31) * 16; at < HALF_BYTES; at += 512)
+  for (int at = (threadIdx.x & 31) * 16; at < COPY_BYTES; at += 512)
     asm volatile("cp.async.cg.shared.global [%0],[%1],16;" ::"r"(target + at), "l"(source + at)
                  : "memory");
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 #endif
 
-DEVICE void store_shared(u32 address, u32 x) { asm volatile("st.shared.u32 [%0],%1;" ::"r"(address), "r"(x) : "memory"); }
+DEVICE void store_pair(u32 address, u32 x, u32 y) {
+  asm volatile("st.shared.v2.u32 [%0],{%1,%2};" ::"r"(address), "r"(x), "r"(y) : "memory");
+}
 // In assembly, since the compiler would split what is only used in parts. Volatile: not before a wait.
 DEVICE u32 load_byte_pair(u32 address) {
   u16 x;

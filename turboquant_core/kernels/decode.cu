@@ -46,13 +46,15 @@ __host__ __device__ constexpr int code_bytes(int tiles, int bits) {
 }
 constexpr int VALUES_AT = code_bytes(2 * KEY_TILES, KEY_BITS);
 constexpr int NORMS_AT = VALUES_AT + code_bytes(2 * VALUE_TILES, VALUE_BITS);
-constexpr int KEY_MEAN_AT = NORMS_AT + 128;
-constexpr int VALUE_MEAN_AT = KEY_MEAN_AT + KEY_DIM;
-constexpr int STEPS_AT = VALUE_MEAN_AT + VALUE_DIM;
-constexpr int HALF_BYTES = IS_PLAIN ? NORMS_AT : (STEPS_AT + 4 + 15) / 16 * 16;
+constexpr int HALF_BYTES = IS_PLAIN ? NORMS_AT : NORMS_AT + 128;
+constexpr int VALUE_MEAN_AT = KEY_DIM, STEPS_AT = VALUE_MEAN_AT + VALUE_DIM;  // among means
+constexpr int MEANS_BYTES = IS_PLAIN ? 0 : (STEPS_AT + 4 + 15) / 16 * 16;
+// A half is copied with the means, which the first one has behind it and the second before it.
+constexpr int COPY_BYTES = HALF_BYTES + MEANS_BYTES;
+constexpr int RECORD_BYTES = HALF_BYTES + COPY_BYTES;
 
-// A half lies in its place as it does in 128 bytes of memory: copies between other places are a tenth slower.
-constexpr int SLOT_BYTES = (HALF_BYTES + 112 + 127) / 128 * 128;
+// What is copied lies in its place as it does in 128 bytes of memory: copies between other places are a tenth slower.
+constexpr int SLOT_BYTES = (COPY_BYTES + 112 + 127) / 128 * 128;
 constexpr int NUM_THREADS = 32 * NUM_WARPS;
 constexpr int SUMS = GROUP * VALUE_DIM;        // numbers of a weighted sum
 constexpr int PARTIAL = (SUMS + 2 * GROUP + 3) / 4 * 4;  // then references, then denominators
@@ -91,8 +93,8 @@ struct Arguments {
 #include "feed.cuh"
 
 // Shared memory of a thread block: each warp's ring, where it leaves what it has found at last; of each place of a ring
-// 16 bytes, its barrier and where in it a half lies; items; of what each warp has left unfinished the segment, and by
-// heads the weight that it has among others'.
+// 16 bytes, its barrier and the addresses of a half and its means in it; items; of what each warp has left unfinished
+// the segment, and by heads the weight that it has among others'.
 constexpr int RING_BYTES = RING_SLOTS * SLOT_BYTES;
 constexpr int PLACES_AT = NUM_WARPS * RING_BYTES, ITEMS_AT = PLACES_AT + 16 * NUM_WARPS * RING_SLOTS;
 constexpr int UNFINISHED_AT = ITEMS_AT + 32 * NUM_WARPS, WEIGHTS_AT = UNFINISHED_AT + 4 * NUM_WARPS;
@@ -164,8 +166,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
         int num_hidden = args.first_visible[item.request] - args.block_starts[item.request] - 32 * first;
         for (int left = pieces(stop - exact_end, HALF_WORK) - first; left > 0; left--, num_hidden -= 32) {
           wait(places + 16 * place, parity);
-          const u32 half = ring + place * SLOT_BYTES + load_word(places + 16 * place + 8);
-          attend_half(args, operands, key_codes, value_codes, half, num_hidden, lane, softmax);
+          const uint2 copied = load_pair(places + 16 * place + 8);
+          attend_half(args, operands, key_codes, value_codes, copied.x, copied.y, num_hidden, lane, softmax);
           __syncwarp();
           feed.copy(place, lane);
           if (++place == RING_SLOTS) {

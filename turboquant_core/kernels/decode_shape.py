@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 
 from turboquant_core.codebook import e4m3_magnitudes
-from turboquant_core.config import MEAN_SIZE
 from turboquant_core.record import RecordLayout
+from turboquant_core.record_codes import HALF_SIZE
 
 _NUM_WARPS = (16, 12, 10, 8, 7, 6, 5, 4, 3, 2, 1)  # the first for which there is room
 PLAIN_BITS = 16
@@ -51,11 +51,11 @@ class DecodeShape:
         return dims_fit and sums_fit and self.dtype in (torch.bfloat16, torch.float16)
 
     @property
-    def half_bytes(self) -> int:
-        """Return the size of half a record."""
+    def copy_bytes(self) -> int:
+        """Return the size of half a record and of the means that it shares with the other half."""
         if self.key_bits == PLAIN_BITS:
-            return MEAN_SIZE * (self.key_dim + self.value_dim) * 2
-        return RecordLayout(self.key_dim, self.key_bits, self.value_dim, self.value_bits).record_bytes // 2
+            return HALF_SIZE * (self.key_dim + self.value_dim) * 2
+        return RecordLayout(self.key_dim, self.key_bits, self.value_dim, self.value_bits).starts[-1]
 
     @property
     def partial_size(self) -> int:
@@ -103,7 +103,7 @@ class Fit(NamedTuple):
 
     Attributes:
         num_warps: Warps.
-        ring_slots: Halves of blocks that each has room for.
+        ring_slots: Halves of blocks, with their means, that each has room for.
         shared_bytes: For both, and what else a thread block needs.
     """
 
@@ -172,7 +172,7 @@ def fit_device(shape: DecodeShape, arch: int) -> Fit:
     """Return what a multiprocessor has room for; arch: 10 times the compute capability."""
     available = _SHARED_BYTES.get(arch, 99 << 10)
     # As in the source: room for any alignment, and what tells of a place.
-    slot_bytes = -(-(shape.half_bytes + 112) // 128) * 128 + 16
+    slot_bytes = -(-(shape.copy_bytes + 112) // 128) * 128 + 16
     warp_bytes = 32 + 4 + 4 * shape.group_size
     for num_warps in _NUM_WARPS:
         ring_slots = min(32, (available // num_warps - warp_bytes) // slot_bytes)

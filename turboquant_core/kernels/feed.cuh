@@ -16,7 +16,7 @@ struct Feed {
     go_on(number);
   }
   DEVICE const u8* address(int block) const {
-    return args.records + ((long long)block * args.num_heads + head) * (2 * HALF_BYTES);
+    return args.records + ((long long)block * args.num_heads + head) * RECORD_BYTES;
   }
   // To the next request and head of which the share has halves, from a number on.
   DEVICE void go_on(u32 next) {
@@ -44,9 +44,10 @@ struct Feed {
   // Copy the next half to a place, if there is one: places take turns.
   DEVICE void copy(u32 place, int lane) {
     if (left == 0) return;
-    const u32 offset = (u64)source % 128;
-    if (lane == 0) store_shared(places + 16 * place + 8, offset);
-    if (NUM_COPIERS > 1 || lane == 0) copy_half(ring + place * SLOT_BYTES + offset, source, places + 16 * place);
+    const u32 target = ring + place * SLOT_BYTES + (u64)source % 128;
+    if (lane == 0)
+      store_pair(places + 16 * place + 8, target + (is_second ? MEANS_BYTES : 0), target + (is_second ? 0 : HALF_BYTES));
+    if (NUM_COPIERS > 1 || lane == 0) copy_half(target, source, places + 16 * place);
     if (--left == 0) {
       go_on(latest.start + latest.count);
       return;

@@ -53,7 +53,6 @@ def _attend_blocks(
     """Return maxima, denominators and sums over some blocks: as `_attend_exact`, of stored values."""
     KEY_TILES: tl.constexpr = (KEY_DIM + 15) // 16  # beside each other
     VALUE_TILES: tl.constexpr = (VALUE_DIM + 15) // 16
-    HALF_BYTES: tl.constexpr = STARTS[7]
     row = tl.arange(0, ROWS)
     key_col = tl.arange(0, KEY_COLS)
     value_col = tl.arange(0, VALUE_COLS)
@@ -78,7 +77,7 @@ def _attend_blocks(
     denominator = tl.zeros([ROWS], tl.float32)
     sums = tl.zeros([ROWS, VALUE_COLS], tl.float32)
     for index in tl.range(first, last):
-        record = (tl.load(block_table + index).to(tl.int64) * num_kv_heads + head) * (2 * HALF_BYTES)
+        record = (tl.load(block_table + index).to(tl.int64) * num_kv_heads + head) * STARTS[8]
         record_words = words + record // 4
         record_halves = halves + record // 2
         record_integers = integers + record
@@ -98,10 +97,7 @@ def _attend_blocks(
         steps = record_halves + STARTS[5] // 2
         scores *= peak[:, None] * key_norms[None, :]
         mean = tl.load(record_integers + key_mean_places, is_key_col, 0).to(tl.float32)
-        offset = tl.sum(query * mean[None, :], 1) * tl.load(steps).to(tl.float32)
-        mean = tl.load(record_integers + HALF_BYTES + key_mean_places, is_key_col, 0).to(tl.float32)
-        second_offset = tl.sum(query * mean[None, :], 1) * tl.load(steps + HALF_BYTES // 2).to(tl.float32)
-        scores += tl.where((token < 32)[None, :], offset[:, None], second_offset[:, None])
+        scores += (tl.sum(query * mean[None, :], 1) * tl.load(steps).to(tl.float32))[:, None]
         is_seen = index * 64 + token >= hidden_end
         scores = tl.where(is_seen[None, :], capped(scores, softcap, HAS_SOFTCAP), -float("inf"))
 
@@ -109,7 +105,6 @@ def _attend_blocks(
         decay = tl.exp2(top - raised)
         weights = tl.exp2(scores - raised[:, None])
         weight = tl.sum(weights, 1)
-        second_weight = tl.sum(tl.where((token >= 32)[None, :], weights, 0), 1)
         denominator = denominator * decay + weight
         top = raised
 
@@ -132,10 +127,7 @@ def _attend_blocks(
         added = tl.dot(rounded, levels)
         sums = sums * decay[:, None] + added * (longest * (value_unit / _PEAK_WEIGHT))
         mean = tl.load(record_integers + value_mean_places, is_value_col, 0).to(tl.float32)
-        sums += ((weight - second_weight) * tl.load(steps + 1).to(tl.float32))[:, None] * mean[None, :]
-        mean = tl.load(record_integers + HALF_BYTES + value_mean_places, is_value_col, 0).to(tl.float32)
-        second_step = tl.load(steps + HALF_BYTES // 2 + 1).to(tl.float32)
-        sums += (second_weight * second_step)[:, None] * mean[None, :]
+        sums += (weight * tl.load(steps + 1).to(tl.float32))[:, None] * mean[None, :]
     return top, denominator, sums
 
 

@@ -141,22 +141,17 @@ def _encode_tokens(
     SCALE: tl.constexpr = SETTINGS[5]
     LENGTH: tl.constexpr = SETTINGS[6]
     TILE_COLS: tl.constexpr = (DIM + 15) // 16
-    HALF_BYTES: tl.constexpr = STARTS[7]
     numbers, is_finite = transformed(tokens, token_stride, dim_stride, parts, unit, SETTINGS)
 
-    halved = tl.reshape(numbers, [2, 32, COLS])
-    count = tl.sum(tl.reshape(is_finite.to(tl.float32), [2, 32]), 1)
-    means = tl.sum(halved, 1) / tl.maximum(count, 1)[:, None]
-    steps = tl.minimum(tl.max(tl.abs(means), 1) / _INT8_MAX, _MAX_NORM).to(tl.float16)
-    step = steps.to(tl.float32)[:, None]
-    means /= tl.where(step > 0, step, 1)
-    means = tl.minimum(tl.maximum(means, -_INT8_MAX), _INT8_MAX) + _ROUNDER
-    mean_codes = means.to(tl.int32, bitcast=True).to(tl.int8)
-    store_means(mean_codes, integers + STARTS[3 + KIND], KIND, TILE_COLS, HALF_BYTES)
-    half = tl.arange(0, 2)
-    tl.store(halves + half * (HALF_BYTES // 2) + (STARTS[5] // 2 + KIND), steps)
-    means = (means - _ROUNDER) * step
-    numbers = tl.reshape(halved - means[:, None, :], [64, COLS])
+    mean = tl.sum(numbers, 0) / tl.maximum(tl.sum(is_finite.to(tl.float32), 0), 1)
+    stored_step = tl.minimum(tl.max(tl.abs(mean), 0) / _INT8_MAX, _MAX_NORM).to(tl.float16)
+    step = stored_step.to(tl.float32)
+    mean *= 1 / tl.where(step > 0, step, 1)
+    mean = tl.minimum(tl.maximum(mean, -_INT8_MAX), _INT8_MAX) + _ROUNDER
+    tl.store(halves + (STARTS[5] // 2 + KIND), stored_step)
+    mean_codes = mean.to(tl.int32, bitcast=True).to(tl.int8)
+    store_means(mean_codes, integers + STARTS[3 + KIND], KIND, TILE_COLS)
+    numbers -= ((mean - _ROUNDER) * step)[None, :]
 
     if BITS == 8:
         peak = tl.max(tl.abs(numbers), 1)
@@ -179,13 +174,13 @@ def _encode_tokens(
         if KIND == 1:
             numbers = tl.trans(numbers)
         bits = code_bits(magnitudes_of(numbers, BOUNDARIES), numbers <= 0, BITS)
-    store_codes(bits, words + STARTS[KIND] // 4, KIND, BITS, TILE_COLS, HALF_BYTES // 4)
+    store_codes(bits, words + STARTS[KIND] // 4, KIND, BITS, TILE_COLS, STARTS[7] // 4)
     norms = tl.where(is_finite, tl.minimum(norms, _MAX_NORM), float("nan")).to(tl.float16)
-    store_norms(norms, halves + STARTS[2] // 2, KIND, HALF_BYTES // 2)
+    store_norms(norms, halves + STARTS[2] // 2, KIND, STARTS[7] // 2)
     if KIND == 1:
-        padding = tl.arange(0, 4)[None, :]
-        places = half[:, None] * (HALF_BYTES // 4) + STARTS[6] // 4 + padding
-        tl.store(words + places, tl.zeros([2, 4], tl.int32), padding < (HALF_BYTES - STARTS[6]) // 4)
+        padding = tl.arange(0, 4)
+        is_padding = padding < (STARTS[7] - STARTS[6]) // 4
+        tl.store(words + STARTS[6] // 4 + padding, tl.zeros([4], tl.int32), is_padding)
 
 
 @quick_launch
@@ -232,7 +227,7 @@ def _encode(
         return
     row = tl.load(rows + block).to(tl.int64)
     start = tl.load(starts + block).to(tl.int64)
-    record = ((layer * num_records + block_id) * num_kv_heads + head) * (2 * STARTS[7])
+    record = ((layer * num_records + block_id) * num_kv_heads + head) * STARTS[8]
     words, halves, integers = parts_of(records)
     if tl.program_id(2) == 0:
         matrix = layer * num_kv_heads + head if KEYS_PER_HEAD else layer

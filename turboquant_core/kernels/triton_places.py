@@ -1,6 +1,7 @@
 """Where a record has what belongs to which token and dimension, in Triton: `record.py` says so.
 
-`STARTS` are those of its fields in half a record, then where the last ends, and the size of the half: bytes.
+`STARTS` are those of the fields of its first half and of its means, then where the means end, where the
+second half starts, which has the first one's fields, and the record's size: bytes.
 """
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 # (kernels, which Triton types)
@@ -17,9 +18,9 @@ from turboquant_core.record import RecordLayout
 
 @functools.lru_cache(maxsize=64)
 def starts_of(key_dim: int, key_bits: int, value_dim: int, value_bits: int) -> tuple[int, ...]:
-    """Return where in half a record its fields start, where the last ends, and its size."""
+    """Return what `STARTS` are of a layout."""
     layout = RecordLayout(key_dim, key_bits, value_dim, value_bits)
-    return (*layout.starts, layout.record_bytes // 2)
+    return (*layout.starts, layout.record_bytes)
 
 
 @triton.jit
@@ -33,7 +34,7 @@ def parts_of(records):
 def key_words(DIM: tl.constexpr, COLS: tl.constexpr, STARTS: tl.constexpr):
     """Return tiles, lanes and offsets of words of keys, and which there are.
 
-    A row for sub-block, tile row and g, a column for tile column and t.
+    A row for half, tile row and g, a column for tile column and t.
     """
     TILES: tl.constexpr = (DIM + 15) // 16
     row = tl.arange(0, 32)[:, None]
@@ -46,7 +47,7 @@ def key_words(DIM: tl.constexpr, COLS: tl.constexpr, STARTS: tl.constexpr):
 
 @triton.jit
 def value_words(DIM: tl.constexpr, COLS: tl.constexpr, STARTS: tl.constexpr):
-    """Return the same of values: a row for tile row and g, a column for sub-block, tile column and t."""
+    """Return the same of values: a row for tile row and g, a column for half, tile column and t."""
     TILES: tl.constexpr = (DIM + 15) // 16
     row = tl.arange(0, COLS // 2)[:, None]
     word = tl.arange(0, 16)[None, :]
@@ -66,7 +67,7 @@ def norm_places_of(token, STARTS: tl.constexpr):
 
 @triton.jit
 def mean_places_of(key_col, value_col, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, STARTS: tl.constexpr):
-    """Return the bytes of the first means of keys and of values."""
+    """Return the bytes of the means of keys and of values."""
     KEY_TILES: tl.constexpr = (KEY_DIM + 15) // 16
     VALUE_TILES: tl.constexpr = (VALUE_DIM + 15) // 16
     keys = STARTS[3] + key_col // 4 % 4 * (4 * KEY_TILES) + key_col // 16 * 4 + key_col % 4

@@ -110,8 +110,7 @@ def _read(
 ):
     block = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
-    HALF_BYTES: tl.constexpr = STARTS[7]
-    record = (tl.load(block_ids + block).to(tl.int64) * tl.num_programs(1) + head) * (2 * HALF_BYTES)
+    record = (tl.load(block_ids + block).to(tl.int64) * tl.num_programs(1) + head) * STARTS[8]
     words, halves, integers = parts_of(records)
     words += record // 4
     halves += record // 2
@@ -121,16 +120,16 @@ def _read(
     value_col = tl.arange(0, VALUE_COLS)
     norm_places = norm_places_of(token, STARTS)
     key_mean_places, value_mean_places = mean_places_of(key_col, value_col, KEY_DIM, VALUE_DIM, STARTS)
-    half = token // 32 * HALF_BYTES
-    steps = halves + STARTS[5] // 2 + half // 2
+    steps = halves + STARTS[5] // 2
 
     tile, lane, offsets, is_tile = key_words(KEY_DIM, KEY_COLS, STARTS)
     NUM_KEY_TILES: tl.constexpr = 2 * ((KEY_DIM + 15) // 16)
     levels = tl.trans(read_levels(words, offsets, tile, lane, is_tile, NUM_KEY_TILES, KEY_BITS, KEY_CURVE, 2))
     norms = tl.load(halves + norm_places).to(tl.float32) * key_unit
+    mean = tl.load(integers + key_mean_places, key_col < KEY_DIM, 0).to(tl.float32)
+    mean *= tl.load(steps).to(tl.float32)
+    numbers = levels * norms[:, None] + mean[None, :]
     is_number = (token >= 0)[:, None] & (key_col < KEY_DIM)[None, :]
-    means = tl.load(integers + half[:, None] + key_mean_places[None, :], is_number, 0).to(tl.float32)
-    numbers = levels * norms[:, None] + means * tl.load(steps).to(tl.float32)[:, None]
     places = (block.to(tl.int64) * 64 + token)[:, None] * key_stride + key_col[None, :]
     tl.store(keys + head * key_head_stride + places, numbers.to(keys.dtype.element_ty), is_number)
 
@@ -138,9 +137,10 @@ def _read(
     NUM_VALUE_TILES: tl.constexpr = 2 * ((VALUE_DIM + 15) // 16)
     levels = read_levels(words, offsets, tile, lane, is_tile, NUM_VALUE_TILES, VALUE_BITS, VALUE_CURVE, 8)
     norms = tl.load(halves + norm_places + 2).to(tl.float32) * value_unit
+    mean = tl.load(integers + value_mean_places, value_col < VALUE_DIM, 0).to(tl.float32)
+    mean *= tl.load(steps + 1).to(tl.float32)
+    numbers = levels * norms[:, None] + mean[None, :]
     is_number = (token >= 0)[:, None] & (value_col < VALUE_DIM)[None, :]
-    means = tl.load(integers + half[:, None] + value_mean_places[None, :], is_number, 0).to(tl.float32)
-    numbers = levels * norms[:, None] + means * tl.load(steps + 1).to(tl.float32)[:, None]
     places = (block.to(tl.int64) * 64 + token)[:, None] * value_stride + value_col[None, :]
     tl.store(values + head * value_head_stride + places, numbers.to(values.dtype.element_ty), is_number)
 

@@ -44,7 +44,7 @@ def byte_bits(codes):
 def _tile_words(bits, KIND: tl.constexpr, IS_BYTES: tl.constexpr):
     """Add up what shares a word, or for bytes one of a tile's two: ``[64, words of a lane]``.
 
-    Rows are sub-blocks and lanes.
+    Rows are halves and lanes.
     """
     TILE_ROWS: tl.constexpr = bits.shape[0] // 16
     TILE_COLS: tl.constexpr = bits.shape[1] // 16
@@ -82,7 +82,7 @@ def store_codes(
         KIND: Of keys or values.
         BITS: Width of a code.
         TILE_COLS: Tiles that dimensions fill; codes beyond are not written.
-        HALF_WORDS: Words of half a record.
+        HALF_WORDS: Words from the first half of a record to the second.
     """
     IS_BYTES: tl.constexpr = BITS == 8
     words = _tile_words(bits, KIND, IS_BYTES)
@@ -116,12 +116,11 @@ def store_norms(norms, places, KIND: tl.constexpr, HALF: tl.constexpr):
 
 
 @triton.jit
-def store_means(means, places, KIND: tl.constexpr, TILE_COLS: tl.constexpr, HALF: tl.constexpr):
-    """Write int8 means ``[2, dimensions]``, of keys in the order of `spread`; places are bytes."""
-    half = tl.arange(0, 2)[:, None]
-    col = tl.arange(0, means.shape[1])[None, :]
+def store_means(means, start, KIND: tl.constexpr, TILE_COLS: tl.constexpr):
+    """Write int8 means ``[dimensions]``, of keys in the order of `spread`; start is a byte."""
+    col = tl.arange(0, means.shape[0])
     if KIND == 0:
-        in_half = col // 2 % 4 * (4 * TILE_COLS) + spread(col) // 16 * 4 + spread(col) % 4
+        places = col // 2 % 4 * (4 * TILE_COLS) + spread(col) // 16 * 4 + spread(col) % 4
     else:
-        in_half = col % 8 * (2 * TILE_COLS) + col // 16 * 2 + col // 8 % 2
-    tl.store(places + half * HALF + in_half, means, (col < 16 * TILE_COLS) & (half >= 0))
+        places = col % 8 * (2 * TILE_COLS) + col // 16 * 2 + col // 8 % 2
+    tl.store(start + places, means, col < 16 * TILE_COLS)
