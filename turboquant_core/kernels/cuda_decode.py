@@ -53,10 +53,9 @@ class CudaDecode:
             return Kernel("decode", name, constants, device, num_threads, shared_bytes)
 
         def merge(name: str, requests: int) -> Kernel:
-            rows = requests * shape.group_size
-            num_found = num_threads // shape.value_dim if requests == 1 else 1
-            num_bytes = 8 * (rows * num_found * shape.value_dim + (rows + requests) * (self._grid + 1))
-            return around(name, num_bytes)
+            num_quads = requests * shape.group_size * shape.value_dim // 4
+            num_parts = max(1, num_threads // num_quads)
+            return around(name, 2 * num_parts * num_quads * 16 + requests * 2 * (self._grid + 1) * 4)
 
         self._prepare, self._prepare_many = around("prepare"), around("prepare_many")
         self._merge_few = around("merge_few", 4 * (2 * (self._grid + 1) + 127))  # a chunk has at most 128

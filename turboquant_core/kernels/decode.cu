@@ -191,29 +191,37 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
   const int segment_of_lane = lane < NUM_WARPS ? unfinished[lane] : -1;
   const int before_it = __shfl_up_sync(~0u, segment_of_lane, 1);
   const u32 firsts = __ballot_sync(~0u, lane == 0 || segment_of_lane != before_it) | 1u << NUM_WARPS;
-  for (int i = threadIdx.x; i < NUM_WARPS * GROUP; i += NUM_THREADS) {
-    const int w = i / GROUP, head = i % GROUP, segment = unfinished[w];
-    const int from = 31 - __clz(firsts & ((2u << w) - 1)), to = __ffs(firsts & ~((2u << w) - 1)) - 1;
+  const auto partial_of_segment = [&](int segment) { return partials + (long long)partial_of(blockIdx.x, segment) * PARTIAL; };
+  const int w = threadIdx.x / GROUP, head = threadIdx.x % GROUP;
+  const int its_segment = w < NUM_WARPS ? unfinished[w] : -1;
+  const int its_first = 31 - __clz(firsts & ((2u << w % 32) - 1)), its_end = __ffs(firsts & ~((2u << w % 32) - 1)) - 1;
+  if (its_segment >= 0) {
     float reference = LOWEST;
 #pragma unroll
     for (int other = 0; other < NUM_WARPS; other++)
-      if (other >= from && other < to) reference = fmaxf(reference, found(other)[SUMS + head]);
-    weights[i] = exp2_(found(w)[SUMS + head] - reference);
-    if (w == from && segment >= 0)
-      partials[(long long)partial_of(blockIdx.x, segment) * PARTIAL + SUMS + head] = reference;
+      if (other >= its_first && other < its_end) reference = fmaxf(reference, found(other)[SUMS + head]);
+    weights[threadIdx.x] = exp2_(found(w)[SUMS + head] - reference);
+    if (w == its_first) partial_of_segment(its_segment)[SUMS + head] = reference;
   }
   __syncthreads();
-  for (int from = 0, to; from < NUM_WARPS; from = to) {
+  if (its_segment >= 0 && w == its_first) {
+    float denominator = 0;
+    for (int other = w; other < its_end; other++)
+      denominator += weights[other * GROUP + head] * found(other)[SUMS + GROUP + head];
+    partial_of_segment(its_segment)[SUMS + GROUP + head] = denominator;
+  }
+  // Each of TEAMS teams of threads has every TEAMS-th segment.
+  constexpr int QUADS = SUMS / 4, TEAMS = NUM_THREADS > QUADS ? NUM_THREADS / QUADS : 1;
+  for (int from = 0, to, team = 0; from < NUM_WARPS; from = to, team = team + 1 == TEAMS ? 0 : team + 1) {
     to = __ffs(firsts & ~((2u << from) - 1)) - 1;
     const int segment = __shfl_sync(~0u, segment_of_lane, from);
-    if (segment < 0) continue;
-    float* partial = partials + (long long)partial_of(blockIdx.x, segment) * PARTIAL;
-    for (int i = threadIdx.x; i < SUMS + GROUP; i += NUM_THREADS) {  // sums, then denominators
-      const int head = i < SUMS ? i / VALUE_DIM : i - SUMS, at = i < SUMS ? i : i + GROUP;
-      float sum = 0;
+    if (segment < 0 || (TEAMS > 1 && threadIdx.x / QUADS != team)) continue;
+    for (int i = threadIdx.x % QUADS; i < QUADS; i += TEAMS > 1 ? QUADS : NUM_THREADS) {
+      float4 sum = {};
 #pragma unroll 4
-      for (int w = from; w < to; w++) sum += weights[w * GROUP + head] * found(w)[at];
-      partial[at] = sum;
+      for (int other = from; other < to; other++)
+        add(sum, weights[other * GROUP + i / (VALUE_DIM / 4)], ((const float4*)found(other))[i]);
+      ((float4*)partial_of_segment(segment))[i] = sum;
     }
   }
 }

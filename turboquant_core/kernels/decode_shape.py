@@ -11,7 +11,7 @@ from turboquant_core.codebook import e4m3_magnitudes
 from turboquant_core.record import RecordLayout
 from turboquant_core.record_codes import HALF_SIZE
 
-_NUM_WARPS = (16, 12, 10, 8, 7, 6, 5, 4, 3, 2, 1)  # the first for which there is room
+_NUM_WARPS = (20, 16, 12, 10, 8, 7, 6, 5, 4, 3, 2, 1)  # the first for which there is room
 PLAIN_BITS = 16
 _MAX_GROUP = 16
 _MAX_DIM = 256
@@ -95,7 +95,9 @@ class DecodeShape:
         if self.group_size > 8 or max(self.key_dim, self.value_dim) > 128:
             return 8
         # Without a conversion from e4m3, or with 8-bit keys for more than 4 heads, there is more to hold.
-        return 12 if arch < 89 or (self.key_bits == 8 and self.group_size > 4) else 16
+        if arch < 89 or (self.key_bits == 8 and self.group_size > 4):
+            return 12
+        return 20 if max(self.key_dim, self.value_dim) <= 64 else 16
 
 
 class Fit(NamedTuple):

@@ -80,6 +80,19 @@ DEVICE void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+DEVICE void scale(float4& x, float factor) {
+  x.x *= factor;
+  x.y *= factor;
+  x.z *= factor;
+  x.w *= factor;
+}
+DEVICE void add(float4& sum, float weight, const float4& x) {
+  sum.x += weight * x.x;
+  sum.y += weight * x.y;
+  sum.z += weight * x.z;
+  sum.w += weight * x.w;
+}
+
 // UNSIGNED: the bytes of a.
 template <bool UNSIGNED>
 DEVICE void multiply_bytes(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {

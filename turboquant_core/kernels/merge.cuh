@@ -55,139 +55,130 @@ template <int REQUESTS>
 DEVICE void merge_requests(const float* partials, const WorkStarts& work_starts, const uint4* operands,
                            int operands_stride, const float* sink_scores, void* output, int batch, int num_heads,
                            int grid, float value_unit) {
-  constexpr int ROWS = REQUESTS * GROUP, PARTS = AROUND_THREADS / VALUE_DIM;
-  constexpr int WARPS = AROUND_THREADS / 32;
+  constexpr int WARPS = AROUND_THREADS / 32, ROWS = REQUESTS * GROUP, WORDS = VALUE_DIM / 2;
+  // Four dimensions of a row are a thread's; of few rows each of PARTS parts of the threads adds up every PARTS-th
+  // partial, AT_ONCE of which come together.
+  constexpr int QUADS = VALUE_DIM / 4, ALL = ROWS * QUADS, PARTS = ALL < AROUND_THREADS ? AROUND_THREADS / ALL : 1;
+  constexpr int AT_ONCE = 4;
   typedef Matrix<VALUE_DIM, WARPS> Transform;
-  // Of one request each part of the threads adds up some partials, of many all those of some requests.
-  constexpr int NUM_FOUND = REQUESTS == 1 ? PARTS : 1, STEP = NUM_FOUND;
+  typedef float4 Found[PARTS][ROWS][QUADS];
   __shared__ __align__(8) SharedRows<VALUE_DIM> rows;
-  __shared__ float denominators[ROWS];
+  __shared__ float references[PARTS][ROWS], denominators[PARTS][ROWS];
   __shared__ Parted segments[REQUESTS][2];  // exact tokens, blocks
-  typedef float Found[NUM_FOUND][ROWS][VALUE_DIM];
-  extern __shared__ float shared[];         // two Found, weights, places
-  Found* found = (Found*)shared;
+  extern __shared__ __align__(16) u8 memory[];
+  Found* found = (Found*)memory;            // of exact tokens, of blocks
+  int* places = (int*)(found + 2);          // [REQUESTS][max_count]: of partials, those of exact tokens first
   const int max_count = 2 * (grid + 1);
-  float* weights = shared + 2 * NUM_FOUND * ROWS * VALUE_DIM;  // [ROWS][max_count]
-  int* places = (int*)(weights + ROWS * max_count);            // [REQUESTS][max_count]
 
   const int head = blockIdx.x % num_heads, first = blockIdx.x / num_heads * REQUESTS, thread = threadIdx.x;
   const Transform transform(operands + (long long)head * operands_stride);
-  const int part_of_threads = thread / VALUE_DIM, own_dim = thread % VALUE_DIM;
-  const int num_requests = min(REQUESTS, batch - first), lane = thread & 31;
+  const int num_requests = min(REQUESTS, batch - first), num_rows = num_requests * GROUP;
   const Shares shares(work_starts[batch] * num_heads, grid * NUM_WARPS);
   if (thread < 2 * num_requests)
     segments[thread / 2][thread % 2] = Parted(shares, work_starts, first + thread / 2, head, num_heads, thread % 2);
   __syncthreads();
   auto count_of = [&](int r) { return segments[r][0].count + segments[r][1].count; };
-  for (int j = thread; j < num_requests * max_count; j += AROUND_THREADS) {
-    const int r = j / max_count, i = j % max_count, num_exact = segments[r][0].count;
-    places[j] = i < num_exact     ? segments[r][0].place(shares, i)
-                : i < count_of(r) ? segments[r][1].place(shares, i - num_exact)
-                                  : -1;
+  for (int r = 0; r < num_requests; r++) {
+    const int num_exact = segments[r][0].count;
+    for (int i = thread; i < count_of(r); i += AROUND_THREADS)
+      places[r * max_count + i] =
+          i < num_exact ? segments[r][0].place(shares, i) : segments[r][1].place(shares, i - num_exact);
   }
   wait_for_previous();
   __syncthreads();
-  auto partial = [&](int r, int i) -> const float* {  // those of exact tokens first; null: there is none
-    const int place = i < max_count ? places[r * max_count + i] : -1;
-    return place < 0 ? nullptr : partials + (long long)place * PARTIAL;
-  };
-  constexpr int AT_ONCE = GROUP <= 4 ? 8 : GROUP <= 8 ? 4 : 1;
-  const int part = REQUESTS == 1 ? part_of_threads : 0, own = REQUESTS == 1 ? 0 : part_of_threads;
-  float numbers[AT_ONCE][GROUP];
-  auto fetch = [&](int r, int i) {
-#pragma unroll
-    for (int j = 0; j < AT_ONCE; j++) {
-      const float* source = partial(r, i + j * STEP);
-#pragma unroll
-      for (int m = 0; m < GROUP; m++)
-        numbers[j][m] = source ? source[m * VALUE_DIM + own_dim] : 0;
-    }
-  };
-  const bool adds = part_of_threads < PARTS;
-  if (adds && own < num_requests) fetch(own, part);  // on their way while they get their weights
-
-  for (int row = thread >> 5; row < num_requests * GROUP; row += WARPS) {
-    const int r = row / GROUP, m = row % GROUP;
-    float reference = LOWEST, denominator = 0, *weight = weights + row * max_count;
-    for (int i = lane; i < count_of(r); i += 32) {
-      const float* source = partial(r, i);
-      const float its = source ? source[SUMS + m] : LOWEST, sum = source ? source[SUMS + GROUP + m] : 0;
-      const float higher = fmaxf(reference, its);
-      denominator = denominator * exp2_(reference - higher) + sum * exp2_(its - higher);
-      reference = higher;
-      weight[i] = its;
-    }
-    const float sink = sink_scores ? sink_scores[head * GROUP + m] * 1.44269504f : LOWEST;
-    float highest = fmaxf(reference, sink);
-    for (int d = 1; d < 32; d <<= 1) highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, d));
-    denominator *= exp2_(reference - highest);
-    for (int d = 1; d < 32; d <<= 1) denominator += __shfl_xor_sync(~0u, denominator, d);
-    if (lane == 0) denominators[row] = denominator + (sink_scores ? exp2_(sink - highest) : 0);
-    for (int i = lane; i < count_of(r); i += 32)
-      weight[i] = exp2_(weight[i] - highest) * (i < segments[r][0].count ? 1 : value_unit);
-  }
-  __syncthreads();
-
-  for (int r = own; adds && r < num_requests; r += REQUESTS == 1 ? 1 : PARTS) {
-    float exact[GROUP] = {}, stored[GROUP] = {};
-    const int count = count_of(r), num_exact = segments[r][0].count;
-    for (int i = part; i < count; i += AT_ONCE * STEP) {
-      if (r != own || i != part) fetch(r, i);
+  for (int index = thread; index < PARTS * ALL; index += AROUND_THREADS) {
+    const int part = index / ALL, row = index % ALL / QUADS, quad = index % QUADS, r = row / GROUP, m = row % GROUP;
+    if (row >= num_rows) continue;
+    const int num_exact = segments[r][0].count, count = count_of(r), *its_places = places + r * max_count;
+    float reference = LOWEST, denominator = 0;
+    float4 exact = {}, stored = {};
+    for (int i = part; i < count; i += AT_ONCE * PARTS) {
+      float weights[AT_ONCE], sums[AT_ONCE] = {}, highest = reference;
+      float4 numbers[AT_ONCE] = {};
 #pragma unroll
       for (int j = 0; j < AT_ONCE; j++) {
-        const int at = i + j * STEP;
-        if (at >= count) break;
-        const bool is_exact = at < num_exact;
+        const int place = i + j * PARTS < count ? its_places[i + j * PARTS] : -1;
+        const float* source = partials + (long long)place * PARTIAL;
+        weights[j] = LOWEST;
+        if (place < 0) continue;
+        weights[j] = source[SUMS + m];
+        sums[j] = source[SUMS + GROUP + m];
+        numbers[j] = ((const float4*)source)[m * QUADS + quad];
+      }
 #pragma unroll
-        for (int m = 0; m < GROUP; m++) {
-          const float product = weights[(r * GROUP + m) * max_count + at] * numbers[j][m];
-          exact[m] += is_exact ? product : 0;
-          stored[m] += is_exact ? 0 : product;
-        }
+      for (int j = 0; j < AT_ONCE; j++) highest = fmaxf(highest, weights[j]);
+      const float decay = exp2_(reference - highest);
+      reference = highest;
+      denominator *= decay;
+      scale(exact, decay);
+      scale(stored, decay);
+#pragma unroll
+      for (int j = 0; j < AT_ONCE; j++) {
+        const float weight = exp2_(weights[j] - reference);
+        const bool is_exact = i + j * PARTS < num_exact;
+        denominator += weight * sums[j];
+        add(exact, is_exact ? weight : 0, numbers[j]);
+        add(stored, is_exact ? 0 : weight, numbers[j]);
       }
     }
-#pragma unroll
-    for (int m = 0; m < GROUP; m++) {
-      found[0][part][r * GROUP + m][own_dim] = exact[m];
-      found[1][part][r * GROUP + m][own_dim] = stored[m];
+    found[0][part][row][quad] = exact;
+    found[1][part][row][quad] = stored;
+    if (quad == 0) {
+      references[part][row] = reference;
+      denominators[part][row] = denominator;
     }
   }
   __syncthreads();
-  constexpr int WORDS = VALUE_DIM / 2;
-  auto total = [&](int which, int row, int dim) {
-    float sum = 0;
-#pragma unroll
-    for (int p = 0; p < NUM_FOUND; p++) sum += found[which][p][row][dim];
-    return sum;
+
+  auto target = [&](int row, int word) -> u32& {
+    const long long query_row = ((long long)(first + row / GROUP) * num_heads + head) * GROUP + row % GROUP;
+    return ((u32*)output)[query_row * WORDS + word];
   };
-  auto write = [&](int row, int dim, float even, float odd) {
-    const long long target = ((long long)(first + row / GROUP) * num_heads + head) * GROUP + row % GROUP;
-    const float denominator = denominators[row], factor = denominator == 0 ? 0 : 1 / denominator;
-    ((u32*)output)[(target * VALUE_DIM + dim) / 2] = to_exact_type(even * factor, odd * factor);
-  };
-  const int num_rows = num_requests * GROUP;
   for (int i = thread; i < 16 * WORDS; i += AROUND_THREADS) {
-    const int row = i / WORDS, dim = 2 * (i % WORDS);
-    const float even = row < num_rows ? total(1, row, dim) : 0, odd = row < num_rows ? total(1, row, dim + 1) : 0;
-    if (!IS_PLAIN)
-      rows.store(row, dim / 2, even, odd);
-    else if (row < num_rows)
-      write(row, dim, total(0, row, dim) + even, total(0, row, dim + 1) + odd);
+    const int row = i / WORDS, word = i % WORDS;
+    if (row >= num_rows) {
+      if (!IS_PLAIN) rows.store(row, word, 0, 0);
+      continue;
+    }
+    const float sink = sink_scores ? sink_scores[head * GROUP + row % GROUP] * 1.44269504f : LOWEST;
+    float highest = sink, denominator = 0;
+    float2 exact = {}, stored = {};
+#pragma unroll
+    for (int p = 0; p < PARTS; p++) highest = fmaxf(highest, references[p][row]);
+#pragma unroll
+    for (int p = 0; p < PARTS; p++) {
+      const float weight = exp2_(references[p][row] - highest);
+      const float2 x = ((const float2*)found[0][p][row])[word], y = ((const float2*)found[1][p][row])[word];
+      denominator += weight * denominators[p][row];
+      exact.x += weight * x.x;
+      exact.y += weight * x.y;
+      stored.x += weight * y.x;
+      stored.y += weight * y.y;
+    }
+    if (sink_scores) denominator += exp2_(sink - highest);
+    const float factor = denominator == 0 ? 0 : 1 / denominator, unit = factor * value_unit;
+    if (IS_PLAIN) {
+      target(row, word) = to_exact_type((exact.x + stored.x) * factor, (exact.y + stored.y) * factor);
+      continue;
+    }
+    rows.store(row, word, stored.x * unit, stored.y * unit);
+    ((float2*)found[0][0][row])[word] = make_float2(exact.x * factor, exact.y * factor);
   }
   if (IS_PLAIN) return;
   __syncthreads();
-  const int warp = thread >> 5, g = lane >> 2, t = lane & 3;
+  const int g = thread % 32 / 4, t = thread % 4;
 #pragma unroll
   for (int i = 0; i < Transform::OWN; i++) {
-    const int tile = warp + i * WARPS, dim = 8 * tile + 2 * t;
+    const int tile = thread / 32 + i * WARPS, word = 4 * tile + t;
     if (tile >= Transform::TILES) break;
     float products[4];
     transform.multiply_rows(rows, i, products);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       const int row = g + 8 * r;
-      if (row < num_rows)
-        write(row, dim, total(0, row, dim) + products[2 * r], total(0, row, dim + 1) + products[2 * r + 1]);
+      if (row >= num_rows) continue;
+      const float2 exact = ((const float2*)found[0][0][row])[word];
+      target(row, word) = to_exact_type(exact.x + products[2 * r], exact.y + products[2 * r + 1]);
     }
   }
 }

@@ -2,19 +2,6 @@
 // those of merge_requests. Every instruction of it is waited for: what can be done before, is, while decode still works,
 // and what several partials hold comes at once.
 
-DEVICE void scale(float4& x, float factor) {
-  x.x *= factor;
-  x.y *= factor;
-  x.z *= factor;
-  x.w *= factor;
-}
-DEVICE void add(float4& sum, float weight, const float4& x) {
-  sum.x += weight * x.x;
-  sum.y += weight * x.y;
-  sum.z += weight * x.z;
-  sum.w += weight * x.w;
-}
-
 // A row of numbers in two parts of bfloat16, as row 0 of 16; the others are not used.
 struct __align__(8) OneRow {
   static constexpr bool HAS_REST = true;
