@@ -1,76 +1,23 @@
 // Attention over half a block, in shared memory.
 
-// A column's product with 16-bit integers, from those with their upper and lower bytes.
-DEVICE int joined(const int (&sums)[NUM_SETS][2], int c, int t) {
-  if (!IS_SHARED) return 256 * sums[0][c] + sums[NUM_SETS - 1][c];
-  const int other = __shfl_xor_sync(~0u, sums[0][c], 2);  // the upper bytes' columns have t < 2
-  return t < 2 ? 256 * sums[0][c] + other : 256 * other + sums[0][c];
-}
-
-struct StoredQueries {
-  u32 operand[NUM_COLS][KEY_TILES][2];  // the queries as floating point numbers
-  // The same as 16-bit integers, their upper and lower bytes: in columns 0-3 and 4-7, or one after the other.
-  u32 bytes[NUM_COLS][NUM_SETS][KEY_TILES];
-  int start[NUM_COLS][2];  // of products with them: less 255 times the sum of a column, if IN_PARTS
-  float scale[NUM_COLS][2];
-  DEVICE void load(const Arguments& args, const Item& item, int lane) {
-    const int g = lane >> 2, t = lane & 3;
-    const long long first = ((long long)item.request * args.num_heads + item.head) * GROUP;
-#pragma unroll
-    for (int n = 0; n < NUM_COLS; n++) {
-      const int head = IS_SHARED ? min(g & 3, GROUP - 1) : min(8 * n + g, GROUP - 1);
-#pragma unroll
-      for (int q = 0; q < KEY_TILES && IS_PLAIN; q++) {
-        const uint2 b = *(const uint2*)(args.queries + (first + head) * KEY_DIM + 16 * q + 4 * t);
-        operand[n][q][0] = b.x;
-        operand[n][q][1] = b.y;
-      }
-#pragma unroll
-      for (int s = 0; s < NUM_SETS && !IS_PLAIN; s++) {
-        const int is_low = IS_SHARED ? g >> 2 : s;
-        load_row(bytes[n][s], (const u32*)(args.stored_bytes + (2 * (first + head) + is_low) * KEY_DIM) + t * KEY_TILES);
-      }
-#pragma unroll
-      for (int q = 0; q < KEY_TILES && !IS_PLAIN && !IN_BYTES; q++) {
-        u32 upper[2], lower[2];
-        KeyCodes::int8_to_halves(bytes[n][0][q], upper[0], upper[1]);
-        KeyCodes::int8_to_halves(bytes[n][NUM_SETS - 1][q], lower[0], lower[1]);
-#pragma unroll
-        for (int i = 0; i < 2; i++)  // times 2^-7, and 2^-15
-          operand[n][q][i] = multiply_add(upper[i], 0x20002000, multiply_add(lower[i], 0x02000200, 0));
-      }
-      if (IN_PARTS) {
-        int sums[NUM_SETS][2] = {};
-#pragma unroll
-        for (int q = 0; q < KEY_TILES; q++)
-#pragma unroll
-          for (int s = 0; s < NUM_SETS; s++) multiply_bytes(sums[s], 0x01010101, bytes[n][s][q]);
-        start[n][0] = -255 * joined(sums, 0, t);
-        start[n][1] = -255 * joined(sums, 1, t);
-      }
-#pragma unroll
-      for (int c = 0; c < 2; c++) {
-        const int column = IS_SHARED ? (2 * t + c) & 3 : 8 * n + 2 * t + c;
-        scale[n][c] = IS_PLAIN ? args.scale : args.stored_scales[first + min(column, GROUP - 1)] * args.key_unit;
-      }
-    }
-  }
-};
-
 // Products of a mean of keys, from the words of this lane, with the queries of its columns, up to their scale.
 DEVICE void key_mean_products(const StoredQueries& queries, u32 words, int t, float (&products)[NUM_COLS][2]) {
   u32 bytes[KEY_TILES];
   load_row(bytes, words);
+  int sums[NUM_COLS][NUM_SETS][2] = {};
 #pragma unroll
-  for (int n = 0; n < NUM_COLS; n++) {
-    int sums[NUM_SETS][2] = {};
+  for (int q = 0; q < KEY_TILES; q++) {
+    StoredQueries::Bytes b;
+    queries.load_bytes(q, b);
 #pragma unroll
-    for (int q = 0; q < KEY_TILES; q++)
+    for (int n = 0; n < NUM_COLS; n++)
 #pragma unroll
-      for (int s = 0; s < NUM_SETS; s++) multiply_bytes(sums[s], bytes[q], queries.bytes[n][s][q]);
-#pragma unroll
-    for (int c = 0; c < 2; c++) products[n][c] = (float)joined(sums, c, t) * QUERY_UNIT;
+      for (int s = 0; s < NUM_SETS; s++) multiply_bytes(sums[n][s], bytes[q], b[n][s]);
   }
+#pragma unroll
+  for (int n = 0; n < NUM_COLS; n++)
+#pragma unroll
+    for (int c = 0; c < 2; c++) products[n][c] = (float)joined(sums[n], c, t) * QUERY_UNIT;
 }
 
 // Products of the keys of a half with the queries, up to the scale of each. Where both tiles share the columns, lanes
@@ -81,15 +28,17 @@ DEVICE void half_products(const StoredQueries& queries, const KeyCodes& codes, u
   words.load(half, lane);
   float both[2][NUM_COLS][4] = {};
 #pragma unroll
-  for (int q = 0; q < KEY_TILES; q++)
+  for (int q = 0; q < KEY_TILES; q++) {
+    StoredQueries::Operand b;
+    queries.load_operand(q, b);
 #pragma unroll
     for (int row = 0; row < 2; row++) {
       u32 a[4];
       codes.tile(words, row * KEY_TILES + q, a);
 #pragma unroll
-      for (int n = 0; n < NUM_COLS; n++)
-        multiply<IN_BFLOAT16>(both[row][n], a, queries.operand[n][q][0], queries.operand[n][q][1]);
+      for (int n = 0; n < NUM_COLS; n++) multiply<IN_BFLOAT16>(both[row][n], a, b[n][0], b[n][1]);
     }
+  }
 #pragma unroll
   for (int s = 0; s < NUM_SETS; s++)
 #pragma unroll
@@ -106,7 +55,10 @@ DEVICE void byte_products(const StoredQueries& queries, const KeyCodes& codes, u
   words.load(half, lane);
   int sums[2][NUM_SETS][NUM_COLS][4] = {};  // row tile; where nothing is shared: upper, lower bytes of queries
 #pragma unroll
-  for (int q = 0; q < KEY_TILES; q += 2)
+  for (int q = 0; q < KEY_TILES; q += 2) {
+    StoredQueries::Bytes b, next = {};
+    queries.load_bytes(q, b);
+    if (q + 1 < KEY_TILES) queries.load_bytes(q + 1, next);
 #pragma unroll
     for (int row = 0; row < 2; row++) {
       u32 a[4] = {}, negative[4] = {};
@@ -122,11 +74,11 @@ DEVICE void byte_products(const StoredQueries& queries, const KeyCodes& codes, u
       for (int n = 0; n < NUM_COLS; n++)
 #pragma unroll
         for (int s = 0; s < NUM_SETS; s++) {
-          const u32 b0 = queries.bytes[n][s][q], b1 = q + 1 < KEY_TILES ? queries.bytes[n][s][q + 1] : 0;
-          multiply_bytes<IN_PARTS>(sums[row][s][n], a, b0, b1);
-          if (IN_PARTS) multiply_bytes<true>(sums[row][s][n], negative, b0, b1);
+          multiply_bytes<IN_PARTS>(sums[row][s][n], a, b[n][s], next[n][s]);
+          if (IN_PARTS) multiply_bytes<true>(sums[row][s][n], negative, b[n][s], next[n][s]);
         }
     }
+  }
   constexpr float UNIT = (IN_PARTS ? -1 : 1) * QUERY_UNIT;
   const bool is_first = (lane & 3) < 2;
 #pragma unroll

@@ -40,6 +40,9 @@ DEVICE void copy_half(u32 target, const u8* source, u32 barrier) {
 }
 #endif
 
+DEVICE void store_four(u32 address, u32 x, u32 y, u32 z, u32 w) {
+  asm volatile("st.shared.v4.u32 [%0],{%1,%2,%3,%4};" ::"r"(address), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
+}
 DEVICE void store_pair(u32 address, u32 x, u32 y) {
   asm volatile("st.shared.v2.u32 [%0],{%1,%2};" ::"r"(address), "r"(x), "r"(y) : "memory");
 }

@@ -24,8 +24,8 @@
 //
 // Constants set by the compiler: KEY_DIM, VALUE_DIM (multiples of 16), KEY_BITS, VALUE_BITS, GROUP (query heads
 // of a kv head), NUM_SINKS, RING_SIZE, IS_BFLOAT16 (the exact tokens' type; else float16), NUM_WARPS,
-// RING_SLOTS (halves in shared memory, of each warp), AROUND_THREADS (of the other kernels), MANY (requests of one
-// of their thread blocks, where there are many), KEY_LEVELS_LOW/HIGH and VALUE_LEVELS_LOW/HIGH (bytes of the
+// RING_SLOTS (halves in shared memory, of each warp), QUERIES_IN_SHARED (memory, too), AROUND_THREADS (of the other
+// kernels), MANY (requests of one of their thread blocks, where there are many), KEY_LEVELS_LOW/HIGH and VALUE_LEVELS_LOW/HIGH (bytes of the
 // levels: of 4 bits the magnitudes, else all; e4m3, but 8-bit integers if IN_BYTES, of 4 bits those less than 255).
 
 #include "instructions.cuh"
@@ -61,6 +61,7 @@ constexpr int PARTIAL = (SUMS + 2 * GROUP + 3) / 4 * 4;  // then references, the
 
 constexpr float LOWEST = -1e30f, HIDDEN = -1e38f;  // of references, of scores
 constexpr float HEADROOM = 6.f;
+constexpr int QUERY_BYTES = !QUERIES_IN_SHARED ? 0 : 512 * KEY_TILES * (!IN_BYTES + !IS_PLAIN);
 constexpr float QUERY_PEAK = 32512, QUERY_UNIT = 1.f / 32768;  // of queries as 16-bit integers; 32512 is 127 * 256
 constexpr float SMALLEST_VALUE = 5.9604645e-8f;
 
@@ -89,14 +90,17 @@ struct Arguments {
 #include "prepare.cuh"
 #include "softmax.cuh"
 #include "attend_exact.cuh"
+#include "stored_queries.cuh"
 #include "attend_half.cuh"
 #include "feed.cuh"
 
-// Shared memory of a thread block: each warp's ring, where it leaves what it has found at last; of each place of a ring
-// 16 bytes, its barrier and the addresses of a half and its means in it; items; of what each warp has left unfinished
-// the segment, and by heads the weight that it has among others'.
+// Shared memory of a thread block: each warp's ring, where it leaves what it has found at last; its queries, operands
+// before bytes, if QUERIES_IN_SHARED; of each place of a ring 16 bytes, its barrier and the addresses of a half and its
+// means in it; items; of what each warp has left unfinished the segment, and by heads the weight that it has among
+// others'.
 constexpr int RING_BYTES = RING_SLOTS * SLOT_BYTES;
-constexpr int PLACES_AT = NUM_WARPS * RING_BYTES, ITEMS_AT = PLACES_AT + 16 * NUM_WARPS * RING_SLOTS;
+constexpr int QUERIES_AT = NUM_WARPS * RING_BYTES, PLACES_AT = QUERIES_AT + NUM_WARPS * QUERY_BYTES;
+constexpr int ITEMS_AT = PLACES_AT + 16 * NUM_WARPS * RING_SLOTS;
 constexpr int UNFINISHED_AT = ITEMS_AT + 32 * NUM_WARPS, WEIGHTS_AT = UNFINISHED_AT + 4 * NUM_WARPS;
 static_assert(RING_BYTES >= 4 * PARTIAL, "a ring has no room for a partial");
 
@@ -143,7 +147,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
     const KeyCodes key_codes;
     const ValueCodes value_codes;
     Softmax softmax;
-    StoredQueries operands;
+    StoredQueries operands(start_of_shared + QUERIES_AT + warp * QUERY_BYTES, lane);
     u32 place = 0, parity = 0;
     while (number < end) {  // a segment, or what this warp has of it
       Item item = items[0];

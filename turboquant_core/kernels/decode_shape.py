@@ -90,8 +90,23 @@ class DecodeShape:
         """Return for how many requests such a block works, where there are many: their heads are 16 rows."""
         return max(1, 16 // self.group_size)
 
+    def has_queries_in_shared(self, arch: int) -> bool:
+        """Tell whether a warp's queries lie in shared memory, if there is much of it.
+
+        In registers many leave no room for 12 warps; nor do products with keys of 2 and 3 bits.
+        """
+        return self.group_size > 8 and self.key_bits in (4, 8) and arch in (90, 100)
+
+    def query_bytes(self, arch: int) -> int:
+        """Return the size of a warp's queries in shared memory: QUERY_BYTES in the source."""
+        if not self.has_queries_in_shared(arch):
+            return 0
+        return self.key_dim // 16 * 512 * (2 if self.key_bits == 4 else 1)
+
     def max_warps(self, arch: int) -> int:
         """Return for how many warps a multiprocessor has registers."""
+        if self.has_queries_in_shared(arch):
+            return 12
         if self.group_size > 8 or max(self.key_dim, self.value_dim) > 128:
             return 8
         # Without a conversion from e4m3, or with 8-bit keys for more than 4 heads, there is more to hold.
@@ -104,11 +119,13 @@ class Fit(NamedTuple):
     """What a multiprocessor has room for, in one thread block.
 
     Attributes:
+        arch: 10 times the compute capability.
         num_warps: Warps.
         ring_slots: Halves of blocks, with their means, that each has room for.
         shared_bytes: For both, and what else a thread block needs.
     """
 
+    arch: int
     num_warps: int
     ring_slots: int
     shared_bytes: int
@@ -129,6 +146,7 @@ def kernel_constants(shape: DecodeShape, fit: Fit) -> dict[str, int]:
         "IS_BFLOAT16": int(shape.dtype == torch.bfloat16),
         "NUM_WARPS": fit.num_warps,
         "RING_SLOTS": fit.ring_slots,
+        "QUERIES_IN_SHARED": int(shape.has_queries_in_shared(fit.arch)),
         "AROUND_THREADS": shape.around_threads,
         "MANY": shape.many,
     }
@@ -175,7 +193,7 @@ def fit_device(shape: DecodeShape, arch: int) -> Fit:
     available = _SHARED_BYTES.get(arch, 99 << 10)
     # As in the source: room for any alignment, and what tells of a place.
     slot_bytes = -(-(shape.copy_bytes + 112) // 128) * 128 + 16
-    warp_bytes = 32 + 4 + 4 * shape.group_size
+    warp_bytes = 32 + 4 + 4 * shape.group_size + shape.query_bytes(arch)
     for num_warps in _NUM_WARPS:
         ring_slots = min(32, (available // num_warps - warp_bytes) // slot_bytes)
         if (
@@ -183,5 +201,5 @@ def fit_device(shape: DecodeShape, arch: int) -> Fit:
             and ring_slots * (slot_bytes - 16) >= 4 * shape.partial_size
             and num_warps <= shape.max_warps(arch)
         ):
-            return Fit(num_warps, ring_slots, num_warps * (ring_slots * slot_bytes + warp_bytes))
+            return Fit(arch, num_warps, ring_slots, num_warps * (ring_slots * slot_bytes + warp_bytes))
     raise AssertionError(f"no kernel for {shape} fits into {available} bytes")
