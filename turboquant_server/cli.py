@@ -23,6 +23,7 @@ import uvicorn
 from turboquant_server.api.request_id import add_request_id
 from turboquant_server.draining_server import CUT_OFF_SECONDS, DrainingServer
 from turboquant_server.flags import PROGRAM, parse_config, warn_of_unknown_variables
+from turboquant_server.unused_packages import unused_packages_hidden
 
 if TYPE_CHECKING:
     from turboquant_server.config import ServerConfig
@@ -105,10 +106,11 @@ def serve(config: ServerConfig) -> None:
         os.environ.setdefault(*SPIN_COUNT)
         sys.setswitchinterval(SWITCH_INTERVAL)
         # Importing torch and transformers takes seconds; an unusable address should be told before.
-        gc.disable()  # all that is made now stays: looking for garbage is a fifth of the time
-        from turboquant_server.app import build_app
-        from turboquant_server.model_manager import ModelManager
-
+        gc.disable()  # looking for garbage is a fifth of the time
+        with unused_packages_hidden():
+            from turboquant_server.app import build_app
+            from turboquant_server.model_manager import ModelManager
+        gc.freeze()  # all that was made stays: looking through it takes half a second each time
         gc.enable()
         app = build_app(*(ModelManager(one) for one in config.of_models()))
         models = app.state.models

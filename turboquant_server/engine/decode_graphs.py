@@ -147,16 +147,18 @@ class DecodeGraphs:
         manager = CacheManager(store.timeline, store.visibilities, num_blocks, store.num_slots, False)
         cache = manager.open([0], 1)
         assert cache is not None, "there are no other requests"
-        held = [tensor[cache.slot] for pair in store.exact.values() for tensor in pair]
-        held += self._states.of_slot(cache.slot) if self._states is not None else []
-        for tensor in held:
+        exact = [tensor[cache.slot] for pair in store.exact.values() for tensor in pair]
+        states = self._states.of_slot(cache.slot) if self._states is not None else []
+        for tensor in exact + states:
             tensor.zero_()
         for position in range(2):
             self._buffers.fill([Chunk(cache, position, position + 1, 1)], num_rows)
             self._input_ids.fill_(position + 1)
             logits = run()
+        # A request's first tokens lie first; of the others' places, where nothing is to be, the norm is enough.
+        held = [part for tensor in exact for part in (tensor[:, :2], tensor[:, 2:].norm())]
         # For all sizes, that would be too much for the device.
-        return [tensor.to("cpu", copy=True) for tensor in (logits[0], *held)]
+        return [tensor.to("cpu", copy=True) for tensor in (logits[0], *held, *states)]
 
 
 class _Recorder:
