@@ -155,7 +155,7 @@ class DecodeGraphs:
             self._buffers.fill([Chunk(cache, position, position + 1, 1)], num_rows)
             self._input_ids.fill_(position + 1)
             logits = run()
-        # A request's first tokens lie first; of the others' places, where nothing is to be, the norm is enough.
+        # A request's first tokens lie first; of the others' places, where nothing is, the norm is enough.
         held = [part for tensor in exact for part in (tensor[:, :2], tensor[:, 2:].norm())]
         # For all sizes, that would be too much for the device.
         return [tensor.to("cpu", copy=True) for tensor in (logits[0], *held, *states)]
