@@ -93,7 +93,7 @@ class RecordLayout:
     Attributes:
         record_bytes: Size of a record.
         starts: In bytes and in their order, where the fields of the first half start and those of the means,
-            where these end, and where the second half starts: as large are a half and the means together.
+            where these end, and where the second half starts, which is the size of a half with the means.
     """
 
     def __init__(self, key_dim: int, key_bits: int, value_dim: int, value_bits: int) -> None:

@@ -23,7 +23,6 @@ import uvicorn
 from turboquant_server.api.request_id import add_request_id
 from turboquant_server.draining_server import CUT_OFF_SECONDS, DrainingServer
 from turboquant_server.flags import PROGRAM, parse_config, warn_of_unknown_variables
-from turboquant_server.unused_packages import unused_packages_hidden
 
 if TYPE_CHECKING:
     from turboquant_server.config import ServerConfig
@@ -107,9 +106,9 @@ def serve(config: ServerConfig) -> None:
         sys.setswitchinterval(SWITCH_INTERVAL)
         # Importing torch and transformers takes seconds; an unusable address should be told before.
         gc.disable()  # looking for garbage is a fifth of the time
-        with unused_packages_hidden():
-            from turboquant_server.app import build_app
-            from turboquant_server.model_manager import ModelManager
+        from turboquant_server.app import build_app
+        from turboquant_server.model_manager import ModelManager
+
         gc.freeze()  # all that was made stays: looking through it takes half a second each time
         gc.enable()
         app = build_app(*(ModelManager(one) for one in config.of_models()))

@@ -298,7 +298,7 @@ def test_a_budget_is_spent_with_the_transforms_at_the_longest_context(
 @pytest.mark.parametrize(
     ("budget", "max_model_len", "reason"),
     [
-        # 2 bits, a 64th of a 16-bit norm, and a 64th of a mean's 8 bits and a 64th of 16.
+        # 2 bits, a 64th of a norm's 16, a 64th of a mean's 8, and of its step's 16 a 64th of a 64th.
         (2.3, 2048, "2 bits everywhere take 2.379 per value, with norms and means, and the budget is 2.3"),
         (8.0, 259, "windows must have at least 260 tokens, got 259"),
     ],

@@ -146,7 +146,7 @@ def _encode_tokens(
     mean = tl.sum(numbers, 0) / tl.maximum(tl.sum(is_finite.to(tl.float32), 0), 1)
     stored_step = tl.minimum(tl.max(tl.abs(mean), 0) / _INT8_MAX, _MAX_NORM).to(tl.float16)
     step = stored_step.to(tl.float32)
-    mean *= 1 / tl.where(step > 0, step, 1)
+    mean *= 1 / tl.where(step > 0, step, 1)  # a division of each would take stack
     mean = tl.minimum(tl.maximum(mean, -_INT8_MAX), _INT8_MAX) + _ROUNDER
     tl.store(halves + (STARTS[5] // 2 + KIND), stored_step)
     mean_codes = mean.to(tl.int32, bitcast=True).to(tl.int8)

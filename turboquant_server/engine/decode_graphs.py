@@ -141,7 +141,10 @@ class DecodeGraphs:
             self._logits[: len(logits)].copy_(logits)
 
     def _try(self, num_rows: int, run: Step) -> list[Tensor]:
-        """Compute two tokens of a request in the first row; return its logits and what its slot holds."""
+        """Compute two tokens of a request in the first row; return its logits and what its slot holds then.
+
+        Of exact tokens, those are the two, and the norm of the other places.
+        """
         store = self._store
         num_blocks = [1] * len(store.visibilities)
         manager = CacheManager(store.timeline, store.visibilities, num_blocks, store.num_slots, False)
