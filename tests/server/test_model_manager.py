@@ -161,8 +161,8 @@ def test_the_report_names_the_model_and_what_its_cache_takes(
     assert [line.split("  ")[0] for line in lines] == labels
     assert lines[0] == f"model      {tiny_model_dir} (llama, 471K parameters, float32 on cpu)"
     assert lines[2] == "context    2,048 tokens"
-    # 4 bits, a 64th of a 16-bit norm and a 32nd of the bits of a mean, 8 and a 64th of 16; and padding.
-    compressed_bits = 4 + 16 / 64 + (8 + 16 / 64) / 32
+    # 4 bits, a 64th of a 16-bit norm and a 64th of the bits of a mean, 8 and a 64th of 16; and padding.
+    compressed_bits = 4 + 16 / 64 + (8 + 16 / 64) / 64
     assert compressed_bits <= float(lines[3].split(", ")[1].split(" ")[0]) < 1.01 * compressed_bits
     store = manager.engine._engine._model_runner._store
     assert lines[4].startswith(f"memory     {store.num_bytes / MIB:.2f} MiB for ")

@@ -54,7 +54,7 @@ class CudaDecode:
 
         def merge(name: str, requests: int) -> Kernel:
             num_quads = requests * shape.group_size * shape.value_dim // 4
-            num_parts = max(1, num_threads // num_quads)
+            num_parts = min(32, max(1, num_threads // num_quads))
             return around(name, 2 * num_parts * num_quads * 16 + requests * 2 * (self._grid + 1) * 4)
 
         self._prepare, self._prepare_many = around("prepare"), around("prepare_many")

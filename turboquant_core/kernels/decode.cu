@@ -25,8 +25,9 @@
 // Constants set by the compiler: KEY_DIM, VALUE_DIM (multiples of 16), KEY_BITS, VALUE_BITS, GROUP (query heads
 // of a kv head), NUM_SINKS, RING_SIZE, IS_BFLOAT16 (the exact tokens' type; else float16), NUM_WARPS,
 // RING_SLOTS (halves in shared memory, of each warp), QUERIES_IN_SHARED (memory, too), AROUND_THREADS (of the other
-// kernels), MANY (requests of one of their thread blocks, where there are many), KEY_LEVELS_LOW/HIGH and VALUE_LEVELS_LOW/HIGH (bytes of the
-// levels: of 4 bits the magnitudes, else all; e4m3, but 8-bit integers if IN_BYTES, of 4 bits those less than 255).
+// kernels), MANY (requests of one of their thread blocks, where there are many), KEY_LEVELS_LOW/HIGH and
+// VALUE_LEVELS_LOW/HIGH (bytes of the levels: of 4 bits the magnitudes, else all; e4m3, but 8-bit integers if IN_BYTES,
+// of 4 bits those less than 255).
 
 #include "instructions.cuh"
 
@@ -61,7 +62,7 @@ constexpr int PARTIAL = (SUMS + 2 * GROUP + 3) / 4 * 4;  // then references, the
 
 constexpr float LOWEST = -1e30f, HIDDEN = -1e38f;  // of references, of scores
 constexpr float HEADROOM = 6.f;
-constexpr int QUERY_BYTES = !QUERIES_IN_SHARED ? 0 : 512 * KEY_TILES * (!IN_BYTES + !IS_PLAIN);
+constexpr int QUERY_BYTES = QUERIES_IN_SHARED ? 1024 * KEY_TILES : 0;  // operands, then bytes
 constexpr float QUERY_PEAK = 32512, QUERY_UNIT = 1.f / 32768;  // of queries as 16-bit integers; 32512 is 127 * 256
 constexpr float SMALLEST_VALUE = 5.9604645e-8f;
 
@@ -94,10 +95,9 @@ struct Arguments {
 #include "attend_half.cuh"
 #include "feed.cuh"
 
-// Shared memory of a thread block: each warp's ring, where it leaves what it has found at last; its queries, operands
-// before bytes, if QUERIES_IN_SHARED; of each place of a ring 16 bytes, its barrier and the addresses of a half and its
-// means in it; items; of what each warp has left unfinished the segment, and by heads the weight that it has among
-// others'.
+// Shared memory of a thread block: each warp's ring, where it leaves what it has found at last; its queries, if
+// QUERIES_IN_SHARED; of each place of a ring 16 bytes, its barrier and the addresses of a half and its means in it;
+// items; of what each warp has left unfinished the segment, and by heads the weight that it has among others'.
 constexpr int RING_BYTES = RING_SLOTS * SLOT_BYTES;
 constexpr int QUERIES_AT = NUM_WARPS * RING_BYTES, PLACES_AT = QUERIES_AT + NUM_WARPS * QUERY_BYTES;
 constexpr int ITEMS_AT = PLACES_AT + 16 * NUM_WARPS * RING_SLOTS;
@@ -190,12 +190,14 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
   }
   wait_for_previous();  // as what comes after this takes prepare for done
   __syncthreads();
-  auto found = [&](int w) { return (const float*)(memory + w * RING_BYTES); };
+  auto left_by = [&](int w) { return (const float*)(memory + w * RING_BYTES); };
   // Warps that have left the same segment follow each other: bit w is set if warp w is the first of such.
   const int segment_of_lane = lane < NUM_WARPS ? unfinished[lane] : -1;
   const int before_it = __shfl_up_sync(~0u, segment_of_lane, 1);
   const u32 firsts = __ballot_sync(~0u, lane == 0 || segment_of_lane != before_it) | 1u << NUM_WARPS;
-  const auto partial_of_segment = [&](int segment) { return partials + (long long)partial_of(blockIdx.x, segment) * PARTIAL; };
+  auto partial_of_segment = [&](int segment) {
+    return partials + (long long)partial_of(blockIdx.x, segment) * PARTIAL;
+  };
   const int w = threadIdx.x / GROUP, head = threadIdx.x % GROUP;
   const int its_segment = w < NUM_WARPS ? unfinished[w] : -1;
   const int its_first = 31 - __clz(firsts & ((2u << w % 32) - 1)), its_end = __ffs(firsts & ~((2u << w % 32) - 1)) - 1;
@@ -203,15 +205,15 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
     float reference = LOWEST;
 #pragma unroll
     for (int other = 0; other < NUM_WARPS; other++)
-      if (other >= its_first && other < its_end) reference = fmaxf(reference, found(other)[SUMS + head]);
-    weights[threadIdx.x] = exp2_(found(w)[SUMS + head] - reference);
+      if (other >= its_first && other < its_end) reference = fmaxf(reference, left_by(other)[SUMS + head]);
+    weights[threadIdx.x] = exp2_(left_by(w)[SUMS + head] - reference);
     if (w == its_first) partial_of_segment(its_segment)[SUMS + head] = reference;
   }
   __syncthreads();
   if (its_segment >= 0 && w == its_first) {
     float denominator = 0;
     for (int other = w; other < its_end; other++)
-      denominator += weights[other * GROUP + head] * found(other)[SUMS + GROUP + head];
+      denominator += weights[other * GROUP + head] * left_by(other)[SUMS + GROUP + head];
     partial_of_segment(its_segment)[SUMS + GROUP + head] = denominator;
   }
   // Each of TEAMS teams of threads has every TEAMS-th segment.
@@ -220,11 +222,11 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
     to = __ffs(firsts & ~((2u << from) - 1)) - 1;
     const int segment = __shfl_sync(~0u, segment_of_lane, from);
     if (segment < 0 || (TEAMS > 1 && threadIdx.x / QUADS != team)) continue;
-    for (int i = threadIdx.x % QUADS; i < QUADS; i += TEAMS > 1 ? QUADS : NUM_THREADS) {
+    for (int i = TEAMS > 1 ? threadIdx.x % QUADS : threadIdx.x; i < QUADS; i += NUM_THREADS) {
       float4 sum = {};
 #pragma unroll 4
       for (int other = from; other < to; other++)
-        add(sum, weights[other * GROUP + i / (VALUE_DIM / 4)], ((const float4*)found(other))[i]);
+        add(sum, weights[other * GROUP + i / (VALUE_DIM / 4)], ((const float4*)left_by(other))[i]);
       ((float4*)partial_of_segment(segment))[i] = sum;
     }
   }

@@ -93,15 +93,15 @@ class DecodeShape:
     def has_queries_in_shared(self, arch: int) -> bool:
         """Tell whether a warp's queries lie in shared memory, if there is much of it.
 
-        In registers many leave no room for 12 warps; nor do products with keys of 2 and 3 bits.
+        In registers many leave no room for 12 warps; nor do products with keys of other bits.
         """
-        return self.group_size > 8 and self.key_bits in (4, 8) and arch in (90, 100)
+        return self.group_size > 8 and self.key_bits == 4 and arch == 90
 
     def query_bytes(self, arch: int) -> int:
         """Return the size of a warp's queries in shared memory: QUERY_BYTES in the source."""
         if not self.has_queries_in_shared(arch):
             return 0
-        return self.key_dim // 16 * 512 * (2 if self.key_bits == 4 else 1)
+        return self.key_dim // 16 * 512 * 2
 
     def max_warps(self, arch: int) -> int:
         """Return for how many warps a multiprocessor has registers."""

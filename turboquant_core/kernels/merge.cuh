@@ -58,15 +58,15 @@ DEVICE void merge_requests(const float* partials, const WorkStarts& work_starts,
   constexpr int WARPS = AROUND_THREADS / 32, ROWS = REQUESTS * GROUP, WORDS = VALUE_DIM / 2;
   // Four dimensions of a row are a thread's; of few rows each of PARTS parts of the threads adds up every PARTS-th
   // partial, AT_ONCE of which come together.
-  constexpr int QUADS = VALUE_DIM / 4, ALL = ROWS * QUADS, PARTS = ALL < AROUND_THREADS ? AROUND_THREADS / ALL : 1;
-  constexpr int AT_ONCE = 4;
+  constexpr int QUADS = VALUE_DIM / 4, ALL = ROWS * QUADS, MOST = ALL < AROUND_THREADS ? AROUND_THREADS / ALL : 1;
+  constexpr int PARTS = MOST < 32 ? MOST : 32, AT_ONCE = 4;
   typedef Matrix<VALUE_DIM, WARPS> Transform;
   typedef float4 Found[PARTS][ROWS][QUADS];
   __shared__ __align__(8) SharedRows<VALUE_DIM> rows;
   __shared__ float references[PARTS][ROWS], denominators[PARTS][ROWS];
   __shared__ Parted segments[REQUESTS][2];  // exact tokens, blocks
-  extern __shared__ __align__(16) u8 memory[];
-  Found* found = (Found*)memory;            // of exact tokens, of blocks
+  extern __shared__ __align__(16) u8 shared[];
+  Found* found = (Found*)shared;            // of exact tokens, of blocks
   int* places = (int*)(found + 2);          // [REQUESTS][max_count]: of partials, those of exact tokens first
   const int max_count = 2 * (grid + 1);
 
@@ -134,12 +134,8 @@ DEVICE void merge_requests(const float* partials, const WorkStarts& work_starts,
     const long long query_row = ((long long)(first + row / GROUP) * num_heads + head) * GROUP + row % GROUP;
     return ((u32*)output)[query_row * WORDS + word];
   };
-  for (int i = thread; i < 16 * WORDS; i += AROUND_THREADS) {
+  for (int i = thread; i < num_rows * WORDS; i += AROUND_THREADS) {  // other rows' products are not used
     const int row = i / WORDS, word = i % WORDS;
-    if (row >= num_rows) {
-      if (!IS_PLAIN) rows.store(row, word, 0, 0);
-      continue;
-    }
     const float sink = sink_scores ? sink_scores[head * GROUP + row % GROUP] * 1.44269504f : LOWEST;
     float highest = sink, denominator = 0;
     float2 exact = {}, stored = {};

@@ -1,6 +1,6 @@
-// What comes after attention where there are few requests: a thread block for each request and query head. Arguments are
-// those of merge_requests. Every instruction of it is waited for: what can be done before, is, while decode still works,
-// and what several partials hold comes at once.
+// What comes after attention where there are few requests: a thread block for each request and query head. Arguments
+// are those of merge_requests. Every instruction of it is waited for: what can be done before, is, while other thread
+// blocks of decode still work, and what several partials hold comes at once.
 
 // A row of numbers in two parts of bfloat16, as row 0 of 16; the others are not used.
 struct __align__(8) OneRow {
@@ -41,7 +41,9 @@ extern "C" __global__ void __launch_bounds__(AROUND_THREADS, 1)
   __syncthreads();
   const int num_exact = segments[0].count, count = num_exact + segments[1].count;
   for (int i = thread; i < (count + CHUNK - 1) / CHUNK * CHUNK; i += AROUND_THREADS) {
-    const int place = i < num_exact ? segments[0].place(shares, i) : i < count ? segments[1].place(shares, i - num_exact) : -1;
+    const int place = i < num_exact ? segments[0].place(shares, i)
+                      : i < count   ? segments[1].place(shares, i - num_exact)
+                                    : -1;
     places[i] = PARTIAL * place;
   }
   __syncthreads();

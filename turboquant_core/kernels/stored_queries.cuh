@@ -7,9 +7,9 @@ DEVICE int joined(const int (&sums)[NUM_SETS][2], int c, int t) {
   return t < 2 ? 256 * sums[0][c] + other : 256 * other + sums[0][c];
 }
 
-// The queries of a kv head, for each lane: as B operands, unless IN_BYTES, and as 16-bit integers, unless IS_PLAIN: their
-// upper and lower bytes, in columns 0-3 and 4-7 or one after the other. They stay in registers, or in shared memory,
-// where a lane reads what it has written itself.
+// The queries of a kv head, for each lane: as B operands, unless IN_BYTES, and as 16-bit integers, unless IS_PLAIN:
+// their upper and lower bytes, in columns 0-3 and 4-7 or one after the other. They stay in registers, or in shared
+// memory, where a lane reads what it has written itself.
 struct StoredQueries {
   typedef u32 Operand[NUM_COLS][2];
   typedef u32 Bytes[NUM_COLS][NUM_SETS];
@@ -22,7 +22,7 @@ struct StoredQueries {
   DEVICE StoredQueries(u32 address, int lane) : address(address + 16 * lane) {}
   // Those of 16 dimensions.
   DEVICE void load_operand(int q, Operand& operand) const { load(q, operands[q % KEPT], operand, 0); }
-  DEVICE void load_bytes(int q, Bytes& its) const { load(q, bytes[q % KEPT], its, QUERY_BYTES - 512 * KEY_TILES); }
+  DEVICE void load_bytes(int q, Bytes& its) const { load(q, bytes[q % KEPT], its, 512 * KEY_TILES); }
 
   DEVICE void load(const Arguments& args, const Item& item, int lane) {
     const int g = lane >> 2, t = lane & 3;
@@ -73,7 +73,7 @@ struct StoredQueries {
 #pragma unroll
     for (int q = 0; q < KEY_TILES; q++) {
       if (!IN_BYTES) keep(q, all_operands[q], operands[q % KEPT], 0);
-      if (!IS_PLAIN) keep(q, all_bytes[q], bytes[q % KEPT], QUERY_BYTES - 512 * KEY_TILES);
+      if (!IS_PLAIN) keep(q, all_bytes[q], bytes[q % KEPT], 512 * KEY_TILES);
     }
   }
 
@@ -88,11 +88,10 @@ struct StoredQueries {
   }
   template <int COUNT>
   DEVICE void keep(int q, const u32 (&its)[NUM_COLS][COUNT], u32 (&kept)[NUM_COLS][COUNT], int at) {
-    if (QUERIES_IN_SHARED) {
+    if (QUERIES_IN_SHARED)
       store_four(address + at + 512 * q, its[0][0], its[0][1], its[NUM_COLS - 1][0], its[NUM_COLS - 1][1]);
-      return;
-    }
 #pragma unroll
-    for (int i = 0; i < NUM_COLS * COUNT; i++) kept[i / COUNT][i % COUNT] = its[i / COUNT][i % COUNT];
+    for (int i = 0; i < NUM_COLS * COUNT && !QUERIES_IN_SHARED; i++)
+      kept[i / COUNT][i % COUNT] = its[i / COUNT][i % COUNT];
   }
 };
