@@ -84,7 +84,9 @@ def test_a_stream_that_waits_for_its_model_is_kept_open(
             assert "data: {" not in text.replace('data: {"type":"ping"}', "")
             held.let_go()
             text += "".join(pieces)
+    # On a busy machine another ping or comment may come before the end.
     events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+    events = [event for event in events if event.get("type") != "ping"]
     assert any("ZeroDivisionError" in str(event) for event in events) is fails
     ends = {
         "/v1/responses": "error" if fails else "response.",
@@ -95,7 +97,6 @@ def test_a_stream_that_waits_for_its_model_is_kept_open(
         if fails and path == "/v1/responses":  # OpenAI's client raises what it finds here
             assert events[-1]["error"]["code"] == events[-1]["code"] == "model_load_failed"
     else:
-        # On a busy machine another comment may come before the end.
         assert [line for line in text.splitlines() if line.startswith("data")][-1] == "data: [DONE]"
     switching.models.find("b").failure = None
 
