@@ -24,10 +24,10 @@
 //
 // Constants set by the compiler: KEY_DIM, VALUE_DIM (multiples of 16), KEY_BITS, VALUE_BITS, GROUP (query heads
 // of a kv head), NUM_SINKS, RING_SIZE, IS_BFLOAT16 (the exact tokens' type; else float16), NUM_WARPS,
-// RING_SLOTS (halves in shared memory, of each warp), QUERIES_IN_SHARED (memory, too), AROUND_THREADS (of the other
-// kernels), MANY (requests of one of their thread blocks, where there are many), KEY_LEVELS_LOW/HIGH and
-// VALUE_LEVELS_LOW/HIGH (bytes of the levels: of 4 bits the magnitudes, else all; e4m3, but 8-bit integers if IN_BYTES,
-// of 4 bits those less than 255).
+// RING_SLOTS (halves in shared memory, of each warp), QUERY_BYTES (of its queries there, if any), AROUND_THREADS (of
+// the other kernels), MANY (requests of one of their thread blocks, where there are many), KEY_LEVELS_LOW/HIGH and
+// VALUE_LEVELS_LOW/HIGH (bytes of the levels: of 4 bits the magnitudes, else all; e4m3, but 8-bit integers if
+// IN_BYTES, of 4 bits those less than 255).
 
 #include "instructions.cuh"
 
@@ -40,6 +40,7 @@ constexpr int EXACT_WORK = TILE_WORK * ((NUM_PLACES + 15) / 16);  // of a reques
 constexpr bool IS_PLAIN = KEY_BITS == 16;      // blocks are as exact as the newest tokens
 constexpr bool IN_BFLOAT16 = IS_PLAIN && IS_BFLOAT16;  // products with blocks
 constexpr bool IN_PARTS = KEY_BITS == 4 && IS_SHARED;  // levels of keys are two bytes that add up
+constexpr bool QUERIES_IN_SHARED = QUERY_BYTES > 0;
 constexpr bool IN_BYTES = IN_PARTS || KEY_BITS == 2 || KEY_BITS == 3 || KEY_BITS == 8;  // products with keys
 
 __host__ __device__ constexpr int code_bytes(int tiles, int bits) {
@@ -62,7 +63,6 @@ constexpr int PARTIAL = (SUMS + 2 * GROUP + 3) / 4 * 4;  // then references, the
 
 constexpr float LOWEST = -1e30f, HIDDEN = -1e38f;  // of references, of scores
 constexpr float HEADROOM = 6.f;
-constexpr int QUERY_BYTES = QUERIES_IN_SHARED ? 1024 * KEY_TILES : 0;  // operands, then bytes
 constexpr float QUERY_PEAK = 32512, QUERY_UNIT = 1.f / 32768;  // of queries as 16-bit integers; 32512 is 127 * 256
 constexpr float SMALLEST_VALUE = 5.9604645e-8f;
 
@@ -200,7 +200,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
   };
   const int w = threadIdx.x / GROUP, head = threadIdx.x % GROUP;
   const int its_segment = w < NUM_WARPS ? unfinished[w] : -1;
-  const int its_first = 31 - __clz(firsts & ((2u << w % 32) - 1)), its_end = __ffs(firsts & ~((2u << w % 32) - 1)) - 1;
+  auto end_of = [&](int w) { return __ffs(firsts & ~((2u << w) - 1)) - 1; };  // after the warps that have left the same
+  const int its_first = 31 - __clz(firsts & ((2u << w % 32) - 1)), its_end = end_of(w % 32);
   if (its_segment >= 0) {
     float reference = LOWEST;
 #pragma unroll
@@ -219,7 +220,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
   // Each of TEAMS teams of threads has every TEAMS-th segment.
   constexpr int QUADS = SUMS / 4, TEAMS = NUM_THREADS > QUADS ? NUM_THREADS / QUADS : 1;
   for (int from = 0, to, team = 0; from < NUM_WARPS; from = to, team = team + 1 == TEAMS ? 0 : team + 1) {
-    to = __ffs(firsts & ~((2u << from) - 1)) - 1;
+    to = end_of(from);
     const int segment = __shfl_sync(~0u, segment_of_lane, from);
     if (segment < 0 || (TEAMS > 1 && threadIdx.x / QUADS != team)) continue;
     for (int i = TEAMS > 1 ? threadIdx.x % QUADS : threadIdx.x; i < QUADS; i += NUM_THREADS) {

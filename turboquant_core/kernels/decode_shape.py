@@ -90,22 +90,17 @@ class DecodeShape:
         """Return for how many requests such a block works, where there are many: their heads are 16 rows."""
         return max(1, 16 // self.group_size)
 
-    def has_queries_in_shared(self, arch: int) -> bool:
-        """Tell whether a warp's queries lie in shared memory, if there is much of it.
-
-        In registers many leave no room for 12 warps; nor do products with keys of other bits.
-        """
-        return self.group_size > 8 and self.key_bits == 4 and arch == 90
-
     def query_bytes(self, arch: int) -> int:
-        """Return the size of a warp's queries in shared memory: QUERY_BYTES in the source."""
-        if not self.has_queries_in_shared(arch):
-            return 0
-        return self.key_dim // 16 * 512 * 2
+        """Return the size of a warp's queries in shared memory, 0 if they stay in registers.
+
+        Many leave no room there for 12 warps; nor do products with keys of other bits.
+        """
+        is_kept_there = self.group_size > 8 and self.key_bits == 4 and arch == 90
+        return 64 * self.key_dim if is_kept_there else 0
 
     def max_warps(self, arch: int) -> int:
         """Return for how many warps a multiprocessor has registers."""
-        if self.has_queries_in_shared(arch):
+        if self.query_bytes(arch):
             return 12
         if self.group_size > 8 or max(self.key_dim, self.value_dim) > 128:
             return 8
@@ -119,15 +114,15 @@ class Fit(NamedTuple):
     """What a multiprocessor has room for, in one thread block.
 
     Attributes:
-        arch: 10 times the compute capability.
         num_warps: Warps.
         ring_slots: Halves of blocks, with their means, that each has room for.
-        shared_bytes: For both, and what else a thread block needs.
+        query_bytes: Of each warp's queries: see `DecodeShape.query_bytes`.
+        shared_bytes: For all that, and what else a thread block needs.
     """
 
-    arch: int
     num_warps: int
     ring_slots: int
+    query_bytes: int
     shared_bytes: int
 
 
@@ -146,7 +141,7 @@ def kernel_constants(shape: DecodeShape, fit: Fit) -> dict[str, int]:
         "IS_BFLOAT16": int(shape.dtype == torch.bfloat16),
         "NUM_WARPS": fit.num_warps,
         "RING_SLOTS": fit.ring_slots,
-        "QUERIES_IN_SHARED": int(shape.has_queries_in_shared(fit.arch)),
+        "QUERY_BYTES": fit.query_bytes,
         "AROUND_THREADS": shape.around_threads,
         "MANY": shape.many,
     }
@@ -193,7 +188,8 @@ def fit_device(shape: DecodeShape, arch: int) -> Fit:
     available = _SHARED_BYTES.get(arch, 99 << 10)
     # As in the source: room for any alignment, and what tells of a place.
     slot_bytes = -(-(shape.copy_bytes + 112) // 128) * 128 + 16
-    warp_bytes = 32 + 4 + 4 * shape.group_size + shape.query_bytes(arch)
+    query_bytes = shape.query_bytes(arch)
+    warp_bytes = 32 + 4 + 4 * shape.group_size + query_bytes
     for num_warps in _NUM_WARPS:
         ring_slots = min(32, (available // num_warps - warp_bytes) // slot_bytes)
         if (
@@ -201,5 +197,6 @@ def fit_device(shape: DecodeShape, arch: int) -> Fit:
             and ring_slots * (slot_bytes - 16) >= 4 * shape.partial_size
             and num_warps <= shape.max_warps(arch)
         ):
-            return Fit(arch, num_warps, ring_slots, num_warps * (ring_slots * slot_bytes + warp_bytes))
+            shared_bytes = num_warps * (ring_slots * slot_bytes + warp_bytes)
+            return Fit(num_warps, ring_slots, query_bytes, shared_bytes)
     raise AssertionError(f"no kernel for {shape} fits into {available} bytes")

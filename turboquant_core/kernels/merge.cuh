@@ -27,6 +27,23 @@ struct Parted {
   }
 };
 
+// Four dimensions of what partials hold of a row, added up. Weights are relative to the reference.
+struct Joined {
+  float reference = LOWEST, denominator = 0;
+  float4 exact = {}, stored = {};  // of exact tokens, of blocks
+  DEVICE void raise(float highest) {
+    const float decay = exp2_(reference - highest);
+    reference = highest;
+    denominator *= decay;
+    scale(exact, decay);
+    scale(stored, decay);
+  }
+  DEVICE void add_numbers(float weight, bool is_exact, const float4& numbers) {
+    add(exact, is_exact ? weight : 0, numbers);
+    add(stored, is_exact ? 0 : weight, numbers);
+  }
+};
+
 // 16 rows in two parts of bfloat16 that add up. Rows lie so that 4 of them do not meet in a bank.
 template <int DIM>
 struct SharedRows {
@@ -90,10 +107,9 @@ DEVICE void merge_requests(const float* partials, const WorkStarts& work_starts,
     const int part = index / ALL, row = index % ALL / QUADS, quad = index % QUADS, r = row / GROUP, m = row % GROUP;
     if (row >= num_rows) continue;
     const int num_exact = segments[r][0].count, count = count_of(r), *its_places = places + r * max_count;
-    float reference = LOWEST, denominator = 0;
-    float4 exact = {}, stored = {};
+    Joined joined;
     for (int i = part; i < count; i += AT_ONCE * PARTS) {
-      float weights[AT_ONCE], sums[AT_ONCE] = {}, highest = reference;
+      float weights[AT_ONCE], sums[AT_ONCE] = {}, highest = joined.reference;
       float4 numbers[AT_ONCE] = {};
 #pragma unroll
       for (int j = 0; j < AT_ONCE; j++) {
@@ -107,25 +123,19 @@ DEVICE void merge_requests(const float* partials, const WorkStarts& work_starts,
       }
 #pragma unroll
       for (int j = 0; j < AT_ONCE; j++) highest = fmaxf(highest, weights[j]);
-      const float decay = exp2_(reference - highest);
-      reference = highest;
-      denominator *= decay;
-      scale(exact, decay);
-      scale(stored, decay);
+      joined.raise(highest);
 #pragma unroll
       for (int j = 0; j < AT_ONCE; j++) {
-        const float weight = exp2_(weights[j] - reference);
-        const bool is_exact = i + j * PARTS < num_exact;
-        denominator += weight * sums[j];
-        add(exact, is_exact ? weight : 0, numbers[j]);
-        add(stored, is_exact ? 0 : weight, numbers[j]);
+        const float weight = exp2_(weights[j] - joined.reference);
+        joined.denominator += weight * sums[j];
+        joined.add_numbers(weight, i + j * PARTS < num_exact, numbers[j]);
       }
     }
-    found[0][part][row][quad] = exact;
-    found[1][part][row][quad] = stored;
+    found[0][part][row][quad] = joined.exact;
+    found[1][part][row][quad] = joined.stored;
     if (quad == 0) {
-      references[part][row] = reference;
-      denominators[part][row] = denominator;
+      references[part][row] = joined.reference;
+      denominators[part][row] = joined.denominator;
     }
   }
   __syncthreads();

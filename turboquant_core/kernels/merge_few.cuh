@@ -49,8 +49,7 @@ extern "C" __global__ void __launch_bounds__(AROUND_THREADS, 1)
   __syncthreads();
   const float* references = partials + SUMS + m;
   const float4* sums = (const float4*)(partials + m * VALUE_DIM) + own;
-  float reference = LOWEST, denominator = 0;
-  float4 exact = {}, stored = {};
+  Joined joined;
   for (int first = 0; first < count; first += CHUNK) {
     int at[AT_ONCE], at_of_lane[LOADS];
 #pragma unroll
@@ -58,7 +57,7 @@ extern "C" __global__ void __launch_bounds__(AROUND_THREADS, 1)
 #pragma unroll
     for (int j = 0; j < LOADS; j++) at_of_lane[j] = 32 * j + lane < CHUNK ? places[first + 32 * j + lane] : -1;
     wait_for_previous();  // at once but the first time
-    float weights[LOADS], denominators[LOADS], highest = reference;
+    float weights[LOADS], denominators[LOADS], highest = joined.reference;
 #pragma unroll
     for (int j = 0; j < LOADS; j++) {
       weights[j] = at_of_lane[j] < 0 ? LOWEST : references[at_of_lane[j]];
@@ -71,40 +70,32 @@ extern "C" __global__ void __launch_bounds__(AROUND_THREADS, 1)
 #pragma unroll
     for (int j = 0; j < LOADS; j++) highest = fmaxf(highest, weights[j]);
     for (int d = 1; d < 32; d <<= 1) highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, d));
-    const float decay = exp2_(reference - highest);
-    reference = highest;
-    denominator *= decay;
-    scale(exact, decay);
-    scale(stored, decay);
+    joined.raise(highest);
 #pragma unroll
     for (int j = 0; j < LOADS; j++) {
-      weights[j] = exp2_(weights[j] - reference);
-      denominator += weights[j] * denominators[j];
+      weights[j] = exp2_(weights[j] - joined.reference);
+      joined.denominator += weights[j] * denominators[j];
     }
 #pragma unroll
     for (int j = 0; j < AT_ONCE; j++) {
       const int i = j * PARTS;
       const float weight = __shfl_sync(~0u, weights[i / 32], i % 32 + part % PARTS);
-      const bool is_exact = first + part + i < num_exact;
-      add(exact, is_exact ? weight : 0, numbers[j]);
-      add(stored, is_exact ? 0 : weight, numbers[j]);
+      joined.add_numbers(weight, first + part + i < num_exact, numbers[j]);
     }
   }
   wait_for_previous();
-  for (int d = 1; d < 32; d <<= 1) denominator += __shfl_xor_sync(~0u, denominator, d);
+  for (int d = 1; d < 32; d <<= 1) joined.denominator += __shfl_xor_sync(~0u, joined.denominator, d);
   if (sink_scores) {
-    const float sink = sink_scores[query_head] * 1.44269504f, highest = fmaxf(reference, sink);
-    const float decay = exp2_(reference - highest);
-    denominator = denominator * decay + exp2_(sink - highest);
-    scale(exact, decay);
-    scale(stored, decay);
+    const float sink = sink_scores[query_head] * 1.44269504f;
+    joined.raise(fmaxf(joined.reference, sink));
+    joined.denominator += exp2_(sink - joined.reference);
   }
-  const float factor = denominator == 0 ? 0 : 1 / denominator;
-  scale(exact, factor);
-  scale(stored, factor * value_unit);
+  const float factor = joined.denominator == 0 ? 0 : 1 / joined.denominator;
+  scale(joined.exact, factor);
+  scale(joined.stored, factor * value_unit);
   if (part < PARTS) {
-    found[0][part][own] = exact;
-    found[1][part][own] = stored;
+    found[0][part][own] = joined.exact;
+    found[1][part][own] = joined.stored;
   }
   __syncthreads();
   auto total = [&](int which, int word) {
