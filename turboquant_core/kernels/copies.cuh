@@ -1,4 +1,4 @@
-// Shared memory, by 32-bit addresses: copies to it of COPY_BYTES that go on while warps work, barriers that tell
+// Shared memory, by 32-bit addresses: copies to it that go on while warps work, barriers that tell
 // when they are done, and what reads it.
 
 DEVICE void init_barrier(u32 barrier, int count) {
@@ -17,28 +17,42 @@ DEVICE void wait(u32 barrier, u32 parity) {
       : "memory");
 #endif
 }
-// Copy a half and the means; `barrier` turns when they have arrived. From sm_90 on by one lane, before by all lanes of
-// a warp.
+// Copy a multiple of 16 bytes: on sm_90 one lane does, before all lanes of a warp do. `barrier` turns when what has been
+// copied until `arrive`, so many bytes, is there.
 #if __CUDA_ARCH__ >= 900
 constexpr int NUM_COPIERS = 1;
-DEVICE void copy_half(u32 target, const u8* source, u32 barrier) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _,[%0],%1;" ::"r"(barrier), "r"(COPY_BYTES) : "memory");
+DEVICE void copy_bytes(u32 target, const u8* source, int count, u32 barrier) {
   u64 policy;  // what is read once a step does not have to stay in the cache
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0,1.0;" : "=l"(policy));
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0],[%1],%2,[%3],%4;" ::"r"(target),
-      "l"(source), "r"(COPY_BYTES), "r"(barrier), "l"(policy)
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0],[%1],%2,[%3],%4;" ::"r"(
+          target),
+      "l"(source), "r"(count), "r"(barrier), "l"(policy)
       : "memory");
+}
+DEVICE void arrive(u32 barrier, int num_bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _,[%0],%1;" ::"r"(barrier), "r"(num_bytes) : "memory");
 }
 #else
 constexpr int NUM_COPIERS = 32;
-DEVICE void copy_half(u32 target, const u8* source, u32 barrier) {
-  for (int at = (threadIdx.x & 31) * 16; at < COPY_BYTES; at += 512)
+DEVICE void copy_bytes(u32 target, const u8* source, int count, u32 barrier) {
+  for (int at = (threadIdx.x & 31) * 16; at < count; at += 512)
     asm volatile("cp.async.cg.shared.global [%0],[%1],16;" ::"r"(target + at), "l"(source + at)
                  : "memory");
+}
+DEVICE void arrive(u32 barrier, int num_bytes) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 #endif
+DEVICE bool is_copier(int lane) { return lane < NUM_COPIERS; }
+
+// What lanes have stored comes before copies to the same place that one of them starts.
+DEVICE void order_stores_and_copies() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+  __syncwarp();
+}
 
 DEVICE void store_four(u32 address, u32 x, u32 y, u32 z, u32 w) {
   asm volatile("st.shared.v4.u32 [%0],{%1,%2,%3,%4};" ::"r"(address), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");

@@ -6,25 +6,25 @@
 //   decode   keeps the new keys and values, attends: a persistent grid, among whose warps all work is divided evenly;
 //   merge    joins what its thread blocks have found, brings sums of stored values back, divides.
 //
-// The work of a request and kv head is two segments: its exact tokens in tiles of 16, then its blocks in halves
+// The work of a request and kv head is two segments: its exact tokens in tiles of 16 or 32, then its blocks in halves
 // of 32 tokens. The work on them, TILE_WORK and HALF_WORK for each, is numbered through all requests, kv heads and
-// segments; each warp gets one of equal shares of the numbers and goes through it alone, while the halves that
-// follow are copied to its ring in shared memory. What it finds of a segment that ends in its share it writes
-// itself; what the warps of a thread block have found of one that goes on they join at the end.
+// segments; each warp gets one of equal shares of the numbers and goes through it alone, while what follows is copied
+// to its ring in shared memory. What it finds of a segment that ends in its share it writes itself; what the warps of
+// a thread block have found of one that goes on they join at the end.
 //
 // Codes are the A operand of mma.m16n8k16, in registers, queries and weights the B operand: 16 tokens (scores)
 // or 16 dimensions (sums) by 8 query heads. Keys' levels of 2, 3 and 8 bits are integers and multiplied as such, by
 // mma.m16n8k32, with queries of 16 bits in two parts; so are those of 4 bits, see `bytes_to_add`, for at most 4 heads:
-// for more, as many products cost more than a conversion. Where a kv head has at most 4 query heads, the columns hold the
-// heads twice, and the two 16-token tiles of a half share one set of registers from the scores on: lanes with
-// t < 2 hold the first tile, the others the second.
+// for more, as many products cost more than a conversion. Where a kv head has at most 4 query heads, the columns hold
+// the heads twice, and the two 16-token tiles of a half share one set of registers from the scores on: lanes with t < 2
+// hold the first tile, the others the second.
 //
 // Weights are 2 to the power of scores less a reference, which is raised when a score, weighed by the size of
 // its value, is 2^6 above it; so weights times values stay in the range of float16.
 //
 // Constants set by the compiler: KEY_DIM, VALUE_DIM (multiples of 16), KEY_BITS, VALUE_BITS, GROUP (query heads
 // of a kv head), NUM_SINKS, RING_SIZE, IS_BFLOAT16 (the exact tokens' type; else float16), NUM_WARPS,
-// RING_SLOTS (halves in shared memory, of each warp), QUERY_BYTES (of its queries there, if any), AROUND_THREADS (of
+// RING_SLOTS (places of a warp's ring in shared memory), QUERY_BYTES (of its queries there, if any), AROUND_THREADS (of
 // the other kernels), MANY (requests of one of their thread blocks, where there are many), KEY_LEVELS_LOW/HIGH and
 // VALUE_LEVELS_LOW/HIGH (bytes of the levels: of 4 bits the magnitudes, else all; e4m3, but 8-bit integers if
 // IN_BYTES, of 4 bits those less than 255).
@@ -36,7 +36,6 @@ constexpr bool IS_SHARED = GROUP <= 4;         // both tiles of a half in one se
 constexpr int NUM_COLS = GROUP > 8 ? 2 : 1;    // sets of 8 columns
 constexpr int NUM_SETS = IS_SHARED ? 1 : 2;    // token tiles with registers of their own
 constexpr int NUM_PLACES = NUM_SINKS + RING_SIZE;
-constexpr int EXACT_WORK = TILE_WORK * ((NUM_PLACES + 15) / 16);  // of a request and kv head
 constexpr bool IS_PLAIN = KEY_BITS == 16;      // blocks are as exact as the newest tokens
 constexpr bool IN_BFLOAT16 = IS_PLAIN && IS_BFLOAT16;  // products with blocks
 constexpr bool IN_PARTS = KEY_BITS == 4 && IS_SHARED;  // levels of keys are two bytes that add up
@@ -57,6 +56,7 @@ constexpr int RECORD_BYTES = HALF_BYTES + COPY_BYTES;
 
 // What is copied lies in its place as it does in 128 bytes of memory: copies between other places are a tenth slower.
 constexpr int SLOT_BYTES = (COPY_BYTES + 112 + 127) / 128 * 128;
+
 constexpr int NUM_THREADS = 32 * NUM_WARPS;
 constexpr int SUMS = GROUP * VALUE_DIM;        // numbers of a weighted sum
 constexpr int PARTIAL = (SUMS + 2 * GROUP + 3) / 4 * 4;  // then references, then denominators
@@ -66,6 +66,7 @@ constexpr float HEADROOM = 6.f;
 constexpr float QUERY_PEAK = 32512, QUERY_UNIT = 1.f / 32768;  // of queries as 16-bit integers; 32512 is 127 * 256
 constexpr float SMALLEST_VALUE = 5.9604645e-8f;
 
+#include "tiles.cuh"
 #include "copies.cuh"
 #include "codes.cuh"
 
@@ -88,21 +89,23 @@ struct Arguments {
   float key_unit, value_unit;      // what the level 1 stands for
 };
 
+// Shared memory of a thread block: each warp's ring, where it leaves what it has found at last; its queries, if
+// QUERIES_IN_SHARED; of each place of a ring 16 bytes, its barrier and the addresses of a half and its means in it, or
+// of keys and values; what it keeps of its share; of what each warp has left unfinished the segment, and by heads the
+// weight that it has among others'.
+constexpr int RING_BYTES = RING_SLOTS * SLOT_BYTES;
+constexpr int QUERIES_AT = NUM_WARPS * RING_BYTES, PLACES_AT = QUERIES_AT + NUM_WARPS * QUERY_BYTES;
+constexpr int OWN_AT = PLACES_AT + 16 * NUM_WARPS * RING_SLOTS;
+constexpr int UNFINISHED_AT = OWN_AT + (int)sizeof(Own) * NUM_WARPS;
+constexpr int WEIGHTS_AT = UNFINISHED_AT + 4 * NUM_WARPS;
+static_assert(RING_BYTES >= 4 * PARTIAL, "a ring has no room for a partial");
+
 #include "prepare.cuh"
 #include "softmax.cuh"
+#include "feed.cuh"
 #include "attend_exact.cuh"
 #include "stored_queries.cuh"
 #include "attend_half.cuh"
-#include "feed.cuh"
-
-// Shared memory of a thread block: each warp's ring, where it leaves what it has found at last; its queries, if
-// QUERIES_IN_SHARED; of each place of a ring 16 bytes, its barrier and the addresses of a half and its means in it;
-// items; of what each warp has left unfinished the segment, and by heads the weight that it has among others'.
-constexpr int RING_BYTES = RING_SLOTS * SLOT_BYTES;
-constexpr int QUERIES_AT = NUM_WARPS * RING_BYTES, PLACES_AT = QUERIES_AT + NUM_WARPS * QUERY_BYTES;
-constexpr int ITEMS_AT = PLACES_AT + 16 * NUM_WARPS * RING_SLOTS;
-constexpr int UNFINISHED_AT = ITEMS_AT + 32 * NUM_WARPS, WEIGHTS_AT = UNFINISHED_AT + 4 * NUM_WARPS;
-static_assert(RING_BYTES >= 4 * PARTIAL, "a ring has no room for a partial");
 
 // Two partials for each segment of a thread block: of the warps that leave it unfinished, and of the one that
 // finishes it.
@@ -126,65 +129,66 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
   float* weights = (float*)(memory + WEIGHTS_AT);
   if (IS_PLAIN) wait_for_previous();  // else prepare has: what it writes is all there is to wait for
   let_next_start();
+  const u32 start_of_lane = lane < batch ? work_starts[lane] : 0;  // loaded with the total
   const Shares shares(work_starts[batch] * num_heads, gridDim.x * NUM_WARPS);
-  const u32 worker = blockIdx.x * NUM_WARPS + warp;
+  const u32 worker = blockIdx.x * NUM_WARPS + warp, end = shares.start(worker + 1);
   u32 number = shares.start(worker);
-  const u32 end = shares.start(worker + 1);
-  if (lane == 0) unfinished[warp] = -1;
+  Own& own = ((Own*)(memory + OWN_AT))[warp];
+  if (lane == 0) {
+    own.end = end;
+    unfinished[warp] = -1;
+  }
   if (number < end) {
     if (lane < RING_SLOTS) init_barrier(places + 16 * lane, NUM_COPIERS);
 #if __CUDA_ARCH__ >= 900
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
     __syncwarp();
-    Item* items = (Item*)(memory + ITEMS_AT) + 2 * warp;
     Item found;
-    found.find(number, work_starts, num_heads, batch, lane);
-    found.store(items[0]);
-    found.store(items[1]);
-    Feed feed(args, ring, places, items[1], number, end);
+    found.find(number, start_of_lane, work_starts, num_heads, batch, lane);
+    found.store(own.item);
+    found.store(own.copied);
+    Feed feed(args, ring, places, own, number);
     feed.start(lane);
     const KeyCodes key_codes;
     const ValueCodes value_codes;
     Softmax softmax;
     StoredQueries operands(start_of_shared + QUERIES_AT + warp * QUERY_BYTES, lane);
-    u32 place = 0, parity = 0;
-    while (number < end) {  // a segment, or what this warp has of it
-      Item item = items[0];
+    Ring turn(places);
+    while (number < own.end) {  // a segment, or what this warp has of it
+      Item item = own.item;
       item.advance(number, work_starts, num_heads);
-      item.store(items[0]);
-      const u32 exact_end = item.start + EXACT_WORK;
-      const bool is_exact = number < exact_end;
-      const u32 segment_end = is_exact ? exact_end : item.start + item.count, stop = min(end, segment_end);
-      const int segment = 2 * (item.request * num_heads + item.head) + !is_exact;
-      const int first_tile = pieces(number - item.start, TILE_WORK), end_tile = pieces(stop - item.start, TILE_WORK);
-      if (is_exact) keep_newest(args, item, first_tile, end_tile, lane);
+      const bool is_exact = number < item.segment_end(true);
+      const u32 stop = min(own.end, item.segment_end(is_exact));
+      own.attend_to(item, stop);
       softmax.reset();
       if (is_exact) {
-        for (int tile = first_tile; tile < end_tile; tile++)
-          attend_exact(args, item, tile, lane, softmax);
+        const ExactTokens tokens(args, item, lane);
+        const int end_tile = min(pieces(stop - item.start, TILE_WORK), num_tiles(tokens.position));
+        for (int tile = pieces(number - item.start, TILE_WORK); tile < end_tile; tile++)
+          tokens.attend(args, tile, lane, turn, feed, softmax);
       } else {
         wait_for_previous();
         operands.load(args, item, lane);
+        const u32 exact_end = item.segment_end(true);
         const int first = pieces(number - exact_end, HALF_WORK);
         int num_hidden = args.first_visible[item.request] - args.block_starts[item.request] - 32 * first;
         for (int left = pieces(stop - exact_end, HALF_WORK) - first; left > 0; left--, num_hidden -= 32) {
-          wait(places + 16 * place, parity);
-          const uint2 copied = load_pair(places + 16 * place + 8);
+          const uint2 copied = turn.wait_for(0);
           attend_half(args, operands, key_codes, value_codes, copied.x, copied.y, num_hidden, lane, softmax);
-          __syncwarp();
-          feed.copy(place, lane);
-          if (++place == RING_SLOTS) {
-            place = 0;
-            parity ^= 1;
-          }
+          turn.release(feed, 1, lane);
         }
       }
-      number = stop;
-      const bool is_finished = stop == segment_end;
+      const Item done = own.item;
+      number = own.stop;
+      const bool was_exact = number <= done.segment_end(true), is_finished = number == done.segment_end(was_exact);
+      const int segment = 2 * (done.request * num_heads + done.head) + !was_exact;
       float* target = is_finished ? partials + (partial_of(blockIdx.x, segment) + 1ll) * PARTIAL
                                   : (float*)(memory + warp * RING_BYTES);
-      write_warp(softmax, is_exact, lane, target);
+      if (was_exact)
+        write_warp<true>(softmax, lane, target);
+      else
+        write_warp<false>(softmax, lane, target);
       if (!is_finished && lane == 0) unfinished[warp] = segment;
     }
   }

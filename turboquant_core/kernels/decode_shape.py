@@ -68,14 +68,6 @@ class DecodeShape:
         return self.key_bits == 4 and self.group_size <= 4
 
     @property
-    def work(self) -> tuple[int, int]:
-        """Return how long a tile of exact tokens takes, and half a block: measured on an H200 at 4 bits.
-
-        More query heads take longer with a block, and as long with a tile.
-        """
-        return (2, 1) if self.group_size <= 4 else (3, 2)
-
-    @property
     def key_factor(self) -> int:
         """Return what the codebook's levels of keys are multiplied with."""
         return 8 if self.has_key_parts else 1
@@ -136,8 +128,6 @@ def kernel_constants(shape: DecodeShape, fit: Fit) -> dict[str, int]:
         "GROUP": shape.group_size,
         "NUM_SINKS": shape.num_sinks,
         "RING_SIZE": shape.ring_size,
-        "TILE_WORK": shape.work[0],
-        "HALF_WORK": shape.work[1],
         "IS_BFLOAT16": int(shape.dtype == torch.bfloat16),
         "NUM_WARPS": fit.num_warps,
         "RING_SLOTS": fit.ring_slots,
@@ -186,17 +176,20 @@ def _unit(dim: int, bits: int) -> float:
 def fit_device(shape: DecodeShape, arch: int) -> Fit:
     """Return what a multiprocessor has room for; arch: 10 times the compute capability."""
     available = _SHARED_BYTES.get(arch, 99 << 10)
-    # As in the source: room for any alignment, and what tells of a place.
-    slot_bytes = -(-(shape.copy_bytes + 112) // 128) * 128 + 16
+    # As in the source: room for any alignment; of a tile of exact tokens the keys, or values, at once;
+    # what tells of a place, and of a warp.
+    slot_bytes = -(-(shape.copy_bytes + 112) // 128) * 128
+    row_bytes = 2 * max(shape.key_dim, shape.value_dim)
+    min_slots = next(parts for parts in (1, 2, 4, 8, 16) if 16 // parts * row_bytes + 112 <= slot_bytes)
     query_bytes = shape.query_bytes(arch)
-    warp_bytes = 32 + 4 + 4 * shape.group_size + query_bytes
+    warp_bytes = 44 + 4 * shape.group_size + query_bytes
     for num_warps in _NUM_WARPS:
-        ring_slots = min(32, (available // num_warps - warp_bytes) // slot_bytes)
+        ring_slots = min(32, (available // num_warps - warp_bytes) // (slot_bytes + 16))
         if (
-            ring_slots >= 2
-            and ring_slots * (slot_bytes - 16) >= 4 * shape.partial_size
+            ring_slots >= max(2, min_slots)
+            and ring_slots * slot_bytes >= 4 * shape.partial_size
             and num_warps <= shape.max_warps(arch)
         ):
-            shared_bytes = num_warps * (ring_slots * slot_bytes + warp_bytes)
+            shared_bytes = num_warps * (ring_slots * (slot_bytes + 16) + warp_bytes)
             return Fit(num_warps, ring_slots, query_bytes, shared_bytes)
     raise AssertionError(f"no kernel for {shape} fits into {available} bytes")

@@ -1,63 +1,126 @@
-// What copies halves of blocks to shared memory.
+// What copies exact tokens and halves of blocks to shared memory.
 
-// Brings the halves of a warp's share to its ring, in their order, ahead of their turn.
+// Brings to a warp's ring what its share is of, in its order and ahead of its turn: of tiles of exact tokens the keys,
+// then the values; halves of blocks.
 struct Feed {
   const Arguments& args;
   const u32 ring, places;             // shared memory: see decode
-  const u32 end;                      // of the share
-  Item& latest;                       // whose halves are copied; in shared memory, as it is seldom needed
-  int left;                           // halves of it, and of its block
-  bool is_second;
+  Own& own;                           // its item `copied` and the end of the share
+  int left;                           // halves of it; less than 0: parts of its tiles
+  bool is_second;                     // half of a block
   const u8* source;                   // of the next half
-  int index, following, head;         // in the tables, of the block that follows; its id; the kv head
+  int index, following;               // in the tables, of the block that follows; its id
+  // While there are parts of tiles, `index` is the next one and `following` the number of the first place's row.
 
-  DEVICE Feed(const Arguments& args, u32 ring, u32 places, Item& latest, u32 number, u32 end)
-      : args(args), ring(ring), places(places), end(end), latest(latest) {
+  DEVICE Feed(const Arguments& args, u32 ring, u32 places, Own& own, u32 number)
+      : args(args), ring(ring), places(places), own(own) {
     go_on(number);
   }
-  DEVICE const u8* address(int block) const {
+  DEVICE const u8* address(int block, int head) const {
     return args.records + ((long long)block * args.num_heads + head) * RECORD_BYTES;
   }
-  // To the next request and head of which the share has halves, from a number on.
+  // To the next segment of which the share has something, from a number on.
   DEVICE void go_on(u32 next) {
-    Item item = latest;
-    for (left = 0; left == 0 && next < end; next = item.start + item.count) {
+    Item item = own.copied;
+    const u32 end = own.end;
+    for (left = 0; left == 0 && next < end;) {
       item.advance(next, args.work_starts, args.num_heads);
-      const u32 exact_end = item.start + EXACT_WORK, stop = min(end, item.start + item.count);
-      if (stop <= exact_end) continue;
-      const int first = pieces(max(next, exact_end) - exact_end, HALF_WORK);
-      head = item.head;
-      left = pieces(stop - exact_end, HALF_WORK) - first;
+      const u32 exact_end = item.start + EXACT_WORK, item_end = item.start + item.count;
+      if (next < exact_end) {
+        const int first = pieces(next - item.start, TILE_WORK);
+        const int last = pieces(min(end, exact_end) - item.start, TILE_WORK);
+        left = min(first - min(last, num_tiles(args.positions[item.request])), 0) * TILE_PARTS;
+        index = first * TILE_PARTS;
+        following = (args.slots[item.request] * args.num_heads + item.head) * NUM_PLACES;
+        next = exact_end;
+        continue;
+      }
+      const int first = pieces(next - exact_end, HALF_WORK);
+      left = pieces(min(end, item_end) - exact_end, HALF_WORK) - first;
+      next = item_end;
       if (left == 0) continue;
       is_second = first % 2;
       index = item.request * args.table_stride + first / 2;
-      source = address(args.block_tables[index]) + is_second * HALF_BYTES;
+      source = address(args.block_tables[index], item.head) + is_second * HALF_BYTES;
       if (left > 2 - is_second) following = args.block_tables[++index];
     }
-    item.store(latest);
+    item.store(own.copied);
   }
   // Fill the ring.
   DEVICE void start(int lane) {
 #pragma unroll 1
     for (int place = 0; place < RING_SLOTS; place++) copy(place, lane);
   }
-  // Copy the next half to a place, if there is one: places take turns.
+  // Copy what comes next to a place, if there is anything: places take turns.
   DEVICE void copy(u32 place, int lane) {
     if (left == 0) return;
-    const u32 target = ring + place * SLOT_BYTES + (u64)source % 128;
+    const bool is_half = left > 0;
+    if (is_half)
+      copy_half(place, lane);
+    else
+      copy_part(place, lane);
+    if (left == 0) go_on(own.copied.start + (is_half ? own.copied.count : EXACT_WORK));
+  }
+
+ private:
+  DEVICE void copy_half(u32 place, int lane) {
+    const u32 barrier = places + 16 * place, target = ring + place * SLOT_BYTES + (u64)source % 128;
     if (lane == 0)
-      store_pair(places + 16 * place + 8, target + (is_second ? MEANS_BYTES : 0), target + (is_second ? 0 : HALF_BYTES));
-    if (NUM_COPIERS > 1 || lane == 0) copy_half(target, source, places + 16 * place);
-    if (--left == 0) {
-      go_on(latest.start + latest.count);
-      return;
+      store_pair(barrier + 8, target + (is_second ? MEANS_BYTES : 0), target + (is_second ? 0 : HALF_BYTES));
+    if (is_copier(lane)) {
+      copy_bytes(target, source, COPY_BYTES, barrier);
+      arrive(barrier, COPY_BYTES);
     }
-    if (is_second) {
-      source = address(following);
-      if (left > 2) following = args.block_tables[++index];
-    } else {
+    left--;
+    if (!is_second) {
       source += HALF_BYTES;
+    } else if (left > 0) {
+      source = address(following, own.copied.head);
+      if (left > 2) following = args.block_tables[++index];
     }
     is_second = !is_second;
+  }
+  DEVICE void copy_part(u32 place, int lane) {
+    const int tile = index / TILE_PARTS, part = index % TILE_PARTS;
+    const u32 barrier = places + 16 * place, start = ring + place * SLOT_BYTES;
+    const bool is_value = part >= KEY_PARTS;
+    const int row = TILE * tile + (is_value ? (part - KEY_PARTS) * VALUE_ROWS : part * KEY_ROWS);
+    const int count = max(0, min(is_value ? VALUE_ROWS : KEY_ROWS, NUM_PLACES - row));
+    const u8* values = (const u8*)args.exact_values + (long long)(following + row) * VALUE_ROW;
+    const u8* rows = is_value ? values : (const u8*)args.exact_keys + (long long)(following + row) * KEY_ROW;
+    const int num_bytes = count * (is_value ? VALUE_ROW : KEY_ROW);
+    const u32 target = start + (u64)rows % 128, values_target = start + values_at(TILE) + (u64)values % 128;
+    if (lane == 0) store_pair(barrier + 8, target, values_target);
+    if (is_copier(lane)) {
+      if (num_bytes > 0) copy_bytes(target, rows, num_bytes, barrier);
+      if (IS_TOGETHER) copy_bytes(values_target, values, count * VALUE_ROW, barrier);
+      arrive(barrier, num_bytes + (IS_TOGETHER ? count * VALUE_ROW : 0));
+    }
+    index++;
+    left++;
+  }
+};
+
+// Whose turn it is among the places of a warp's ring.
+struct Ring {
+  const u32 places;  // shared memory: see decode
+  u32 turn = 0;      // twice the place, plus 1 in every second round: the barriers' parity
+  DEVICE Ring(u32 places) : places(places) {}
+  // Wait until what comes after `others` is there: the addresses that Feed has left.
+  DEVICE uint2 wait_for(int others) const {
+    const u32 place = turn / 2 + others;
+    const bool is_next_round = place >= RING_SLOTS;
+    const u32 its = places + 16 * (is_next_round ? place - RING_SLOTS : place);
+    wait(its, turn % 2 ^ is_next_round);
+    return load_pair(its + 8);
+  }
+  // What has been read may be overwritten.
+  DEVICE void release(Feed& feed, int count, int lane) {
+    __syncwarp();
+    for (int i = 0; i < count; i++) {
+      feed.copy(turn / 2, lane);
+      turn += 2;
+      if (turn / 2 == RING_SLOTS) turn = turn % 2 ^ 1;
+    }
   }
 };

@@ -1,6 +1,7 @@
 // How work is divided among warps, and what a number of it stands for.
 
-// Of one kv head, the work on all requests before one: its tiles of exact tokens and its halves of blocks.
+// Of one kv head, the work on all requests before one: the places of a ring that their tiles of exact tokens and their
+// halves of blocks take.
 struct WorkStarts {
   const int* before;  // [2][stride]: requests, rows without one left out; blocks
   int stride;
@@ -26,6 +27,7 @@ DEVICE int pieces(u32 work, u32 of_each) { return (work + of_each - 1) / of_each
 struct Item {
   int request, head;     // kv head
   u32 start, count;      // of the work on this request and head
+  DEVICE u32 segment_end(bool is_exact) const { return start + (is_exact ? EXACT_WORK : count); }
   DEVICE void store(Item& target) const {  // for all lanes, each of which has the same
     __syncwarp();
     if ((threadIdx.x & 31) == 0) target = *this;
@@ -41,9 +43,10 @@ struct Item {
       }
     }
   }
-  DEVICE void find(u32 number, const WorkStarts& work_starts, int num_heads, int batch, int lane) {
-    request = -1;
-    for (int first = 0; first < batch; first += 32) {
+  // start_of_lane: where the work of the request with this lane's number starts.
+  DEVICE void find(u32 number, u32 start_of_lane, const WorkStarts& work_starts, int num_heads, int batch, int lane) {
+    request = __popc(__ballot_sync(~0u, lane < batch && start_of_lane * num_heads <= number)) - 1;
+    for (int first = 32; first < batch; first += 32) {
       const int r = first + lane;
       request += __popc(__ballot_sync(~0u, r < batch && work_starts[r] * num_heads <= number));
     }
@@ -51,5 +54,16 @@ struct Item {
     const u32 inside = number - work_starts[request] * num_heads;
     head = inside / count;
     start = number - inside % count;
+  }
+};
+
+// What a warp keeps of its share in shared memory, as it is seldom needed and registers are few.
+struct Own {
+  Item item, copied;  // which is attended to, and whose pieces are copied
+  u32 end, stop;      // of the share, and of what is attended to
+  DEVICE void attend_to(const Item& item, u32 stop) {
+    __syncwarp();
+    if ((threadIdx.x & 31) == 0) this->stop = stop;
+    item.store(this->item);
   }
 };

@@ -48,8 +48,15 @@ DEVICE float capped(float score, float softcap) {
   return score;
 }
 
+// Dimension of row `row` of tile i of sums over exact tokens: see load_dims.
+DEVICE int exact_dim(int i, int row) {
+  const int in_pair = row / 2 % 4 * 8 + row / 8 * 2 + row % 2;
+  return (i | 1) < VALUE_TILES ? i / 2 * 32 + i % 2 * 4 + in_pair : 16 * i + row / 2 % 4 * 4 + row / 8 * 2 + row % 2;
+}
+
 // Write what a warp has found to `target`, in the order of a partial.
-DEVICE void write_warp(const Softmax& softmax, bool is_exact, int lane, float* target) {
+template <bool IS_EXACT>
+DEVICE void write_warp(const Softmax& softmax, int lane, float* target) {
   const int g = lane >> 2, t = lane & 3;
 #pragma unroll
   for (int n = 0; n < NUM_COLS; n++)
@@ -74,7 +81,7 @@ DEVICE void write_warp(const Softmax& softmax, bool is_exact, int lane, float* t
 #pragma unroll
         for (int j = 0; j < (IS_SHARED ? 1 : 2); j++) {
           const int r = IS_SHARED ? r_of_lane : j;
-          const int dim = 16 * i + (is_exact ? 4 * (g >> 1) + 2 * r + (g & 1) : 8 * r + g);
+          const int dim = IS_EXACT ? exact_dim(i, 8 * r + g) : 16 * i + 8 * r + g;
           const int head = IS_SHARED ? column & 3 : column;
           if (head < GROUP) target[head * VALUE_DIM + dim] = sums[j];
         }
