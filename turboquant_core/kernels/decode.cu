@@ -149,7 +149,11 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
     found.store(own.item);
     found.store(own.copied);
     Feed feed(args, ring, places, own, number);
-    feed.start(lane);
+    feed.copy(0, lane);
+    wait_for_previous();
+    fetch_queries(args, found, number < found.segment_end(true), own, lane);
+#pragma unroll 1
+    for (int place = 1; place < RING_SLOTS; place++) feed.copy(place, lane);
     const KeyCodes key_codes;
     const ValueCodes value_codes;
     Softmax softmax;
@@ -168,7 +172,6 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
         for (int tile = pieces(number - item.start, TILE_WORK); tile < end_tile; tile++)
           tokens.attend(args, tile, lane, turn, feed, softmax);
       } else {
-        wait_for_previous();
         operands.load(args, item, lane);
         const u32 exact_end = item.segment_end(true);
         const int first = pieces(number - exact_end, HALF_WORK);

@@ -46,11 +46,6 @@ struct Feed {
     }
     item.store(own.copied);
   }
-  // Fill the ring.
-  DEVICE void start(int lane) {
-#pragma unroll 1
-    for (int place = 0; place < RING_SLOTS; place++) copy(place, lane);
-  }
   // Copy what comes next to a place, if there is anything: places take turns.
   DEVICE void copy(u32 place, int lane) {
     if (left == 0) return;
@@ -100,6 +95,18 @@ struct Feed {
     left++;
   }
 };
+
+// Wait until the queries that an item is attended to with first are in the nearest cache: what is asked for while copies
+// to all places are under way comes after them.
+DEVICE void fetch_queries(const Arguments& args, const Item& item, bool is_exact, Own& own, int lane) {
+  const u8* rows = IS_PLAIN || is_exact ? (const u8*)args.queries : args.stored_bytes;
+  rows += ((long long)item.request * args.num_heads + item.head) * GROUP * KEY_ROW;  // of either
+  u32 seen = 0;
+  for (int i = 32 * lane; i < GROUP * KEY_ROW; i += 32 * 32) seen |= *(const volatile u32*)(rows + i);
+  seen = __reduce_or_sync(~0u, seen);
+  if (lane == 0) own.stop = seen;  // not yet in use; what is kept nowhere would not be waited for
+  __syncwarp();
+}
 
 // Whose turn it is among the places of a warp's ring.
 struct Ring {
