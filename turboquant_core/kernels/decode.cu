@@ -149,11 +149,14 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
     found.store(own.item);
     found.store(own.copied);
     Feed feed(args, ring, places, own, number);
-    feed.copy(0, lane);
-    wait_for_previous();
-    fetch_queries(args, found, number < found.segment_end(true), own, lane);
 #pragma unroll 1
-    for (int place = 1; place < RING_SLOTS; place++) feed.copy(place, lane);
+    for (int place = 0; place < RING_SLOTS; place++) {
+      if (place == 1) {
+        wait_for_previous();
+        fetch_queries(args, found, number < found.segment_end(true), own, lane);
+      }
+      feed.copy(place, lane);
+    }
     const KeyCodes key_codes;
     const ValueCodes value_codes;
     Softmax softmax;
