@@ -55,8 +55,8 @@ constexpr int COPY_BYTES = HALF_BYTES + MEANS_BYTES;
 constexpr int RECORD_BYTES = HALF_BYTES + COPY_BYTES;
 
 // What is copied lies in its place as it does in 128 bytes of memory: copies between other places are a tenth slower.
-constexpr int SLOT_BYTES = (COPY_BYTES + 112 + 127) / 128 * 128;
-
+__host__ __device__ constexpr int slot_bytes(int bytes) { return (bytes + 112 + 127) / 128 * 128; }
+constexpr int SLOT_BYTES = slot_bytes(COPY_BYTES);
 constexpr int NUM_THREADS = 32 * NUM_WARPS;
 constexpr int SUMS = GROUP * VALUE_DIM;        // numbers of a weighted sum
 constexpr int PARTIAL = (SUMS + 2 * GROUP + 3) / 4 * 4;  // then references, then denominators
@@ -149,6 +149,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
     found.store(own.item);
     found.store(own.copied);
     Feed feed(args, ring, places, own, number);
+    // One loop: a copy of its body before it would take registers.
 #pragma unroll 1
     for (int place = 0; place < RING_SLOTS; place++) {
       if (place == 1) {

@@ -107,7 +107,7 @@ class Fit(NamedTuple):
 
     Attributes:
         num_warps: Warps.
-        ring_slots: Halves of blocks, with their means, that each has room for.
+        ring_slots: Places of its ring, each for half a block and its means.
         query_bytes: Of each warp's queries: see `DecodeShape.query_bytes`.
         shared_bytes: For all that, and what else a thread block needs.
     """
@@ -173,14 +173,19 @@ def _unit(dim: int, bits: int) -> float:
     return 1.0 if bits >= 8 else e4m3_magnitudes(dim, bits)[1]
 
 
+def _slot_bytes(num_bytes: int) -> int:
+    """Return the size of a place for so many bytes at any alignment: `slot_bytes` in the source."""
+    return -(-(num_bytes + 112) // 128) * 128
+
+
 def fit_device(shape: DecodeShape, arch: int) -> Fit:
     """Return what a multiprocessor has room for; arch: 10 times the compute capability."""
     available = _SHARED_BYTES.get(arch, 99 << 10)
-    # As in the source: room for any alignment; of a tile of exact tokens the keys, or values, at once;
-    # what tells of a place, and of a warp.
-    slot_bytes = -(-(shape.copy_bytes + 112) // 128) * 128
+    # As in the source: of a tile of exact tokens the keys, or values, at once; what tells of a place, and of
+    # a warp.
+    slot_bytes = _slot_bytes(shape.copy_bytes)
     row_bytes = 2 * max(shape.key_dim, shape.value_dim)
-    min_slots = next(parts for parts in (1, 2, 4, 8, 16) if 16 // parts * row_bytes + 112 <= slot_bytes)
+    min_slots = next(n for n in (1, 2, 4, 8, 16) if _slot_bytes(16 // n * row_bytes) <= slot_bytes)
     query_bytes = shape.query_bytes(arch)
     warp_bytes = 44 + 4 * shape.group_size + query_bytes
     for num_warps in _NUM_WARPS:

@@ -25,7 +25,7 @@ struct Feed {
     const u32 end = own.end;
     for (left = 0; left == 0 && next < end;) {
       item.advance(next, args.work_starts, args.num_heads);
-      const u32 exact_end = item.start + EXACT_WORK, item_end = item.start + item.count;
+      const u32 exact_end = item.segment_end(true), item_end = item.segment_end(false);
       if (next < exact_end) {
         const int first = pieces(next - item.start, TILE_WORK);
         const int last = pieces(min(end, exact_end) - item.start, TILE_WORK);
@@ -54,7 +54,7 @@ struct Feed {
       copy_half(place, lane);
     else
       copy_part(place, lane);
-    if (left == 0) go_on(own.copied.start + (is_half ? own.copied.count : EXACT_WORK));
+    if (left == 0) go_on(own.copied.segment_end(!is_half));
   }
 
  private:
@@ -83,13 +83,14 @@ struct Feed {
     const int count = max(0, min(is_value ? VALUE_ROWS : KEY_ROWS, NUM_PLACES - row));
     const u8* values = (const u8*)args.exact_values + (long long)(following + row) * VALUE_ROW;
     const u8* rows = is_value ? values : (const u8*)args.exact_keys + (long long)(following + row) * KEY_ROW;
-    const int num_bytes = count * (is_value ? VALUE_ROW : KEY_ROW);
-    const u32 target = start + (u64)rows % 128, values_target = start + values_at(TILE) + (u64)values % 128;
+    const int num_bytes = count * (is_value ? VALUE_ROW : KEY_ROW), beside = IS_TOGETHER ? count * VALUE_ROW : 0;
+    const u32 target = start + (u64)rows % 128;
+    const u32 values_target = start + slot_bytes(TILE * KEY_ROW) + (u64)values % 128;
     if (lane == 0) store_pair(barrier + 8, target, values_target);
     if (is_copier(lane)) {
       if (num_bytes > 0) copy_bytes(target, rows, num_bytes, barrier);
-      if (IS_TOGETHER) copy_bytes(values_target, values, count * VALUE_ROW, barrier);
-      arrive(barrier, num_bytes + (IS_TOGETHER ? count * VALUE_ROW : 0));
+      if (IS_TOGETHER) copy_bytes(values_target, values, beside, barrier);
+      arrive(barrier, num_bytes + beside);
     }
     index++;
     left++;

@@ -1,7 +1,6 @@
 // How work is divided among warps, and what a number of it stands for.
 
-// Of one kv head, the work on all requests before one: the places of a ring that their tiles of exact tokens and their
-// halves of blocks take.
+// Of one kv head, the work on all requests before one: its tiles of exact tokens and its halves of blocks.
 struct WorkStarts {
   const int* before;  // [2][stride]: requests, rows without one left out; blocks
   int stride;

@@ -2,13 +2,12 @@
 
 // Keys and values of a tile take one place of a ring, or each their own, or several.
 constexpr int KEY_ROW = 2 * KEY_DIM, VALUE_ROW = 2 * VALUE_DIM;  // bytes
-__host__ __device__ constexpr int values_at(int tokens) { return (tokens * KEY_ROW + 112 + 127) / 128 * 128; }
 __host__ __device__ constexpr bool fit_together(int tokens) {
-  return values_at(tokens) + tokens * VALUE_ROW + 112 <= SLOT_BYTES;
+  return slot_bytes(tokens * KEY_ROW) + slot_bytes(tokens * VALUE_ROW) <= SLOT_BYTES;
 }
 __host__ __device__ constexpr int rows_of_part(int row_bytes) {
   int rows = 16;
-  while (rows * row_bytes + 112 > SLOT_BYTES) rows /= 2;
+  while (slot_bytes(rows * row_bytes) > SLOT_BYTES) rows /= 2;
   return rows;
 }
 constexpr bool IS_TOGETHER = fit_together(16);
