@@ -15,7 +15,7 @@ import architectures
 import pytest
 import torch
 from engine_bench import Parts
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from turboquant_core import Timeline
@@ -155,6 +155,22 @@ def test_logits_are_those_of_the_model_and_nothing_is_compiled_while_serving(
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
     assert num_graphs() == graphs
     assert not told()
+
+
+@pytest.mark.parametrize("function", ["cos", "sin"])
+def test_all_layers_read_angles_that_are_computed_once(
+    compiling: None, tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    graphs: list[fx.Graph] = []
+    hold = compiled_forward._hold_angles
+    monkeypatch.setattr(compiled_forward, "_hold_angles", lambda graph: (graphs.append(graph), hold(graph)))
+    model, _ = attending("llama", tiny_tokenizer)
+    assert compile_forward(model, MAX_BATCHED_TOKENS)
+    [graph] = graphs
+    [node] = graph.find_nodes(op="call_method", target=function)
+    while node.target is not torch.ops.turboquant.held.default:
+        [node] = node.users
+    assert len(node.users) == model.config.num_hidden_layers
 
 
 def test_a_cpu_compiles_nothing(tiny_tokenizer: PreTrainedTokenizerFast) -> None:

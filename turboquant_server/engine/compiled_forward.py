@@ -11,6 +11,7 @@ nothing later. Knows no requests.
 from __future__ import annotations
 
 import logging
+import operator
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -150,6 +151,7 @@ class _Backend:
     def __call__(self, module: fx.GraphModule, inputs: list[Any]) -> Any:
         join_linears(module, inputs)
         _separate(module.graph)
+        _hold_angles(module.graph)
         module.recompile()
         return self._compile(module, inputs)
 
@@ -167,6 +169,27 @@ def _separate(graph: fx.Graph) -> None:
                     rest[index] = graph.call_function(torch.clone, (first,))
                 rest[index].meta = first.meta.copy()
         node.args = ([first, *rest], *node.args[1:])
+
+
+def _hold_angles(graph: fx.Graph) -> None:
+    """Have sines and cosines that several layers read computed once.
+
+    Otherwise inductor, which takes them for cheap, has each layer compute them again for each of its heads.
+    On an H200 and the 32 layers of an 8B Llama this takes 0.2 of 5.3 ms for one token, 5 of 250 ms for 8,192.
+    """
+    for node in list(graph.nodes):
+        if node.target not in ("cos", "sin", torch.cos, torch.sin):
+            continue
+        angles = node
+        while len(angles.users) == 1 and (user := next(iter(angles.users))).target in ("to", operator.mul):
+            angles = user
+        if len(angles.users) > 1:
+            readers = list(angles.users)
+            with graph.inserting_after(angles):
+                held = graph.call_function(torch.ops.turboquant.held.default, (angles,))
+            held.meta = angles.meta.copy()
+            for reader in readers:
+                reader.replace_input_with(angles, held)
 
 
 class _TokenAttention:
@@ -218,3 +241,9 @@ def compile_forward(model: PreTrainedModel, max_num_tokens: int) -> CompiledForw
         return None
     finally:
         torch.cuda.empty_cache()  # of where weights lay before
+
+
+_library = torch.library.Library("turboquant", "FRAGMENT")
+_library.define("held(Tensor numbers) -> Tensor")
+_library.impl("held", torch.clone, "CompositeExplicitAutograd")
+torch.library.register_fake("turboquant::held", torch.empty_like, lib=_library)
