@@ -47,6 +47,7 @@ def test_a_long_past_may_be_attended_to_elsewhere(
     monkeypatch.setattr(cudnn_past, "_works", None)
     monkeypatch.setattr(cudnn_past, "_is_taken", lambda *_: True)
     monkeypatch.setattr(cudnn_past, "_attend", fake_cudnn(in_base))
+    monkeypatch.setattr(cudnn_past, "_FULL_QUERIES", 128)  # 112 become as many
     shape = Shape(2, 2, 32, 32)
     engine = engine_of(shape, (4, 4))
     compute(engine, engine.open(random_tokens(shape, 500, seed=14), 500), 388, 500, tolerance=1e-5)
@@ -63,10 +64,14 @@ def test_what_happens_to_lie_in_memory_decides_nothing(monkeypatch: pytest.Monke
 
 
 @pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
+@pytest.mark.parametrize(
+    ("num_tokens", "num_attended"),
+    [(1024, 4096), (900, 0), (1700, 4096)],  # 1700 become 2048
+)
 @pytest.mark.parametrize("most_numbers", [2**24, 2**20])
 @pytest.mark.parametrize("has_sinks", [False, True])
 def test_a_long_past_is_left_to_cudnn_where_that_is_faster(
-    monkeypatch: pytest.MonkeyPatch, most_numbers: int, has_sinks: bool
+    monkeypatch: pytest.MonkeyPatch, most_numbers: int, has_sinks: bool, num_tokens: int, num_attended: int
 ) -> None:
     if torch.cuda.get_device_capability()[0] not in cudnn_past._CAPABILITIES:
         pytest.skip("Triton attends to it here")
@@ -84,7 +89,8 @@ def test_a_long_past_is_left_to_cudnn_where_that_is_faster(
     layers = [Layer(make_codec((4, 4), shape, torch.bfloat16), FULL, options)]
     engine = Engine(shape, layers, num_slots=5, dtype=torch.bfloat16, device=DEVICE)
     engine.store.uses_kernels = True
-    tokens = random_tokens(shape, 6000, seed=13, dtype=torch.bfloat16)
-    compute(engine, engine.open(tokens, 6000), 4 + 4608, 4 + 5632, tolerance=2**-6)
-    assert sum(attended) == 4096
-    assert cudnn_past._works
+    tokens = random_tokens(shape, 6500, seed=13, dtype=torch.bfloat16)
+    monkeypatch.setattr(cudnn_past, "_works", None)
+    compute(engine, engine.open(tokens, 4612 + num_tokens), 4612, 4612 + num_tokens, tolerance=2**-6)
+    assert sum(attended) == num_attended
+    assert cudnn_past._works is (True if num_attended else None)

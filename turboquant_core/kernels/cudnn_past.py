@@ -12,6 +12,7 @@ import logging
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from turboquant_core.config import BLOCK_SIZE
 from turboquant_core.kernels.triton_exact import LOG2_E
@@ -21,8 +22,9 @@ from turboquant_core.reference import AttentionOptions
 
 logger = logging.getLogger(__name__)
 
-# cuDNN makes a plan for each pair of numbers of queries and of keys, so there are few of both.
-_QUERIES, _KEYS = 512, 2048
+# cuDNN makes a plan, which takes 70 ms, for each pair of numbers of queries and of keys: so there
+# are few of both, and queries that are nearly as many as those of a full step become as many.
+_QUERIES, _FULL_QUERIES, _KEYS = 512, 2048, 2048
 # What it is faster on, as far as that is known.
 _CAPABILITIES = (9, 10)
 
@@ -95,9 +97,21 @@ def _try(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[T
 
 def _call(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     averages, weights, *_ = _attend(
-        queries.transpose(0, 1)[None], keys[None], values[None], None, True, scale=scale
+        _padded(queries).transpose(0, 1)[None], keys[None], values[None], None, True, scale=scale
     )
-    return averages[0], weights.view(len(weights[0]), -1)
+    weights = weights.view(len(weights[0]), -1)
+    return averages[0, :, : len(queries)], weights[:, : len(queries)]
+
+
+def _padded(queries: Tensor) -> Tensor:
+    """Return queries, and zeros where there should be more."""
+    missing = _num_padded(len(queries)) - len(queries)
+    return pad(queries, (0, 0, 0, 0, 0, missing)) if missing else queries
+
+
+def _num_padded(num_tokens: int) -> int:
+    missing = -num_tokens % _FULL_QUERIES
+    return num_tokens + (missing if missing <= num_tokens // 4 else 0)
 
 
 def _is_right(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> bool:
@@ -123,7 +137,7 @@ def _is_taken(queries: Tensor, values: Tensor, plan: PrefillPlan, options: Atten
     num_tokens, _, key_dim = queries.shape
     return (
         plan.num_seen_by_all >= _KEYS
-        and num_tokens % _QUERIES == 0
+        and _num_padded(num_tokens) % _QUERIES == 0
         and options.softcap is None
         and queries.dtype in (torch.bfloat16, torch.float16)
         and key_dim == values.shape[2] <= 128

@@ -145,10 +145,10 @@ def attend_dense(
     COLS: tl.constexpr,
 ):
     PARTS: tl.constexpr = TILE_SIZE // ROWS
-    tile = tiles + tl.program_id(0) // PARTS * 2
+    tile = tiles + tl.program_id(1) // PARTS * 2
     run = table + tl.load(tile) * 10
-    first_row = tl.load(tile + 1).to(tl.int32) + tl.program_id(0) % PARTS * ROWS
-    head = tl.program_id(1).to(tl.int64)
+    first_row = tl.load(tile + 1).to(tl.int32) + tl.program_id(1) % PARTS * ROWS
+    head = tl.program_id(0).to(tl.int64)
     kv_head = head // group
     first_token = tl.load(run)
     num_tokens = tl.load(run + 1).to(tl.int32)
@@ -233,7 +233,7 @@ def attend_dense(
         top, denominator, sums, _NEW if IS_EXACT else _STORED, True,
         HAS_SOFTCAP, HAS_WINDOW, KEY_DIM, KEY_COLS, VALUE_DIM, VALUE_COLS, COLS,
     )  # fmt: skip
-    rows = token * tl.num_programs(1) + head
+    rows = token * tl.num_programs(0) + head
     is_number = is_row[:, None] & (value_dim < VALUE_DIM)[None, :]
     average_places = averages + rows[:, None] * VALUE_DIM + value_dim[None, :]
     average = sums / tl.where(denominator > 0, denominator, 1)[:, None]

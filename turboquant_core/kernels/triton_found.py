@@ -32,7 +32,7 @@ def add_found(found: Found, averages: Tensor, weights: Tensor) -> None:
     Args:
         found: What there is, which becomes the whole.
         averages: ``[num_heads, num_tokens, value_dim]``, any floating-point type, last dimension contiguous.
-        weights: Natural logarithms, float32 ``[num_heads, num_tokens]``, contiguous.
+        weights: Natural logarithms, float32 ``[num_heads, num_tokens]``, likewise.
     """
     num_tokens, num_heads, value_dim = found.averages.shape
     rows = 16
@@ -43,6 +43,7 @@ def add_found(found: Found, averages: Tensor, weights: Tensor) -> None:
         weights,
         num_tokens,
         *averages.stride()[:2],
+        weights.stride(0),
         DIM=value_dim,
         COLS=next_power_of_2(value_dim),
         ROWS=rows,
@@ -59,6 +60,7 @@ def _add(
     num_tokens,
     head_stride,
     token_stride,
+    weight_stride,
     DIM: tl.constexpr,
     COLS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -70,7 +72,7 @@ def _add(
     is_number = is_token[:, None] & (dim < DIM)[None, :]
     rows = token * tl.num_programs(1) + head
     weight = tl.load(all_weights + rows, is_token, 0)
-    other_weight = tl.load(other_weights + head * num_tokens + token, is_token, 0) * LOG2_E
+    other_weight = tl.load(other_weights + head * weight_stride + token, is_token, 0) * LOG2_E
     highest = tl.maximum(weight, other_weight)
     share, other_share = tl.exp2(weight - highest), tl.exp2(other_weight - highest)
     total = share + other_share

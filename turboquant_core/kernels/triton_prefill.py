@@ -116,7 +116,8 @@ def _launch(
     rows = 32 if in_float32 else TILE_SIZE
     softcap, scale = options.softcap, options.softmax_scale
     has_window = plan.first_visible is not None
-    attend_dense[(plan.tiles.shape[0] * (TILE_SIZE // rows), num_heads)](
+    # Heads first: what thread blocks write at a time lies together then.
+    attend_dense[(num_heads, plan.tiles.shape[0] * (TILE_SIZE // rows))](
         queries,
         keys,
         values,
