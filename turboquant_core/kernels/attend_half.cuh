@@ -98,10 +98,43 @@ DEVICE void byte_products(const StoredQueries& queries, const KeyCodes& codes, u
     }
 }
 
-// Half a block and its means, in shared memory. Rows of the sums: dimension 16R + 8r + g.
+// Add the mean of a block's values, with the weight that its halves have gathered. Rows of the sums: see attend_half.
+DEVICE void add_value_mean(u32 means, float value_step, int g, Softmax& softmax) {
+  // Bytes of the mean: rows g and g + 8 of one tile, then of the next. The operand has those of both tiles beside
+  // each other, and each tile its weights where the other has 0.
+  u32 mean[(VALUE_TILES + 1) / 2], b[NUM_COLS][2];
+  const u32 mean_row = means + VALUE_MEAN_AT + g * 2 * VALUE_TILES;
+  if (VALUE_TILES % 2 == 0) {
+    load_row(mean, mean_row);
+  } else {
+#pragma unroll
+    for (int i = 0; i < VALUE_TILES; i += 2)
+      mean[i / 2] = load_byte_pair(mean_row + 2 * i) | (i + 1 < VALUE_TILES ? load_byte_pair(mean_row + 2 * i + 2) << 16 : 0);
+  }
+#pragma unroll
+  for (int n = 0; n < NUM_COLS; n++) {  // sums of pairs of rows, in both halves
+    float(&weight)[2] = softmax.mean_weight[n];
+    const u32 rows = transposed(to_halves(weight[0] * value_step, weight[1] * value_step));
+    u32 pairs;
+    asm("add.rn.f16x2 %0,%1,%2;" : "=r"(pairs) : "r"(rows), "r"(permute(rows, 0, 0x1032)));
+    b[n][0] = pairs & 0xFFFF;
+    b[n][1] = pairs & 0xFFFF0000;
+    weight[0] = weight[1] = 0;
+  }
+#pragma unroll
+  for (int i = 0; i < VALUE_TILES; i++) {
+    u32 rows, rows8;
+    ValueCodes::int8_to_halves<0x4240, 0x4341>(mean[i / 2], rows, rows8);
+#pragma unroll
+    for (int n = 0; n < NUM_COLS; n++) multiply_half(softmax.sums[n][i], rows, rows8, b[n][i % 2]);
+  }
+}
+
+// Half a block and its means, in shared memory; the mean of values is added when the block ends. Rows of the sums:
+// dimension 16R + 8r + g.
 DEVICE void attend_half(const Arguments& args, const StoredQueries& queries, const KeyCodes& key_codes,
-                        const ValueCodes& value_codes, u32 half, u32 means, int num_hidden, int lane,
-                        Softmax& softmax) {
+                        const ValueCodes& value_codes, u32 half, u32 means, int num_hidden, bool ends_block,
+                        int lane, Softmax& softmax) {
   const int g = lane >> 2, t = lane & 3;
   const u32 steps = IS_PLAIN ? 0 : load_word(means + STEPS_AT);
   const float key_step = half_to_float(steps & 0xFFFF) / args.key_unit;
@@ -146,7 +179,7 @@ DEVICE void attend_half(const Arguments& args, const StoredQueries& queries, con
   }
   softmax.raise<NUM_SETS>(scores, sizes);
 
-  u32 b[2][NUM_COLS][2], mean_b[NUM_COLS][2];
+  u32 b[2][NUM_COLS][2];
 #pragma unroll
   for (int n = 0; n < NUM_COLS; n++) {
     float column_sums[2] = {0, 0};
@@ -172,38 +205,17 @@ DEVICE void attend_half(const Arguments& args, const StoredQueries& queries, con
         b[s][n][1] = second;
       }
     }
-    softmax.denominator[n][0] += column_sums[0];
-    softmax.denominator[n][1] += column_sums[1];
-    if (IS_PLAIN) continue;
-    // Sums of pairs of rows, in both halves.
-    const u32 rows = transposed(to_halves(column_sums[0] * value_step, column_sums[1] * value_step));
-    u32 pairs;
-    asm("add.rn.f16x2 %0,%1,%2;" : "=r"(pairs) : "r"(rows), "r"(permute(rows, 0, 0x1032)));
-    mean_b[n][0] = pairs & 0xFFFF;
-    mean_b[n][1] = pairs & 0xFFFF0000;
+#pragma unroll
+    for (int c = 0; c < 2; c++) {
+      softmax.denominator[n][c] += column_sums[c];
+      softmax.mean_weight[n][c] += column_sums[c];
+    }
   }
+  if (!IS_PLAIN && ends_block) add_value_mean(means, value_step, g, softmax);
   typename ValueCodes::Words value_words;
   value_words.load(half + VALUES_AT, lane);
-  // Bytes of the mean: rows g and g + 8 of one tile, then of the next. The operand has those of both tiles beside
-  // each other, and each tile its weights where the other has 0.
-  u32 mean[(VALUE_TILES + 1) / 2];
-  const u32 mean_row = means + VALUE_MEAN_AT + g * 2 * VALUE_TILES;
-  if (IS_PLAIN) {
-  } else if (VALUE_TILES % 2 == 0) {
-    load_row(mean, mean_row);
-  } else {
-#pragma unroll
-    for (int i = 0; i < VALUE_TILES; i += 2)
-      mean[i / 2] = load_byte_pair(mean_row + 2 * i) | (i + 1 < VALUE_TILES ? load_byte_pair(mean_row + 2 * i + 2) << 16 : 0);
-  }
 #pragma unroll
   for (int i = 0; i < VALUE_TILES; i++) {
-    if (!IS_PLAIN) {
-      u32 rows, rows8;
-      ValueCodes::int8_to_halves<0x4240, 0x4341>(mean[i / 2], rows, rows8);
-#pragma unroll
-      for (int n = 0; n < NUM_COLS; n++) multiply_half(softmax.sums[n][i], rows, rows8, mean_b[n][i % 2]);
-    }
 #pragma unroll
     for (int col = 0; col < 2; col++) {
       u32 a[4];

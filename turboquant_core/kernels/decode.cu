@@ -156,7 +156,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
         wait_for_previous();
         fetch_queries(args, found, number < found.segment_end(true), own, lane);
       }
-      feed.copy(place, lane);
+      feed.copy(places + 16 * place, lane);
     }
     const KeyCodes key_codes;
     const ValueCodes value_codes;
@@ -180,10 +180,13 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
         const u32 exact_end = item.segment_end(true);
         const int first = pieces(number - exact_end, HALF_WORK);
         int num_hidden = args.first_visible[item.request] - args.block_starts[item.request] - 32 * first;
+        bool is_second = first % 2;  // half of a block
         for (int left = pieces(stop - exact_end, HALF_WORK) - first; left > 0; left--, num_hidden -= 32) {
           const uint2 copied = turn.wait_for(0);
-          attend_half(args, operands, key_codes, value_codes, copied.x, copied.y, num_hidden, lane, softmax);
+          attend_half(args, operands, key_codes, value_codes, copied.x, copied.y, num_hidden, is_second || left == 1,
+                      lane, softmax);
           turn.release(feed, 1, lane);
+          is_second = !is_second;
         }
       }
       const Item done = own.item;

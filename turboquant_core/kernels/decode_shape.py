@@ -99,7 +99,10 @@ class DecodeShape:
         # Without a conversion from e4m3, or with 8-bit keys for more than 4 heads, there is more to hold.
         if arch < 89 or (self.key_bits == 8 and self.group_size > 4):
             return 12
-        return 20 if max(self.key_dim, self.value_dim) <= 64 else 16
+        if max(self.key_dim, self.value_dim) <= 64:
+            return 20
+        # Where shared memory is small, only 2 bits have room for more than 12, and they lack a register then.
+        return 16 if arch in _SHARED_BYTES else 12
 
 
 class Fit(NamedTuple):

@@ -4,7 +4,7 @@
 // then the values; halves of blocks.
 struct Feed {
   const Arguments& args;
-  const u32 ring, places;             // shared memory: see decode
+  const u32 slots;                    // shared memory: see slot_of
   Own& own;                           // its item `copied` and the end of the share
   int left;                           // halves of it; less than 0: parts of its tiles
   bool is_second;                     // half of a block
@@ -13,7 +13,7 @@ struct Feed {
   // While there are parts of tiles, `index` is the next one and `following` the number of the first place's row.
 
   DEVICE Feed(const Arguments& args, u32 ring, u32 places, Own& own, u32 number)
-      : args(args), ring(ring), places(places), own(own) {
+      : args(args), slots(ring - places * (SLOT_BYTES / 16)), own(own) {
     go_on(number);
   }
   DEVICE const u8* address(int block, int head) const {
@@ -46,23 +46,24 @@ struct Feed {
     }
     item.store(own.copied);
   }
-  // Copy what comes next to a place, if there is anything: places take turns.
-  DEVICE void copy(u32 place, int lane) {
+  // Copy what comes next, if there is anything, to the place with this barrier: places take turns.
+  DEVICE void copy(u32 barrier, int lane) {
     if (left == 0) return;
-    const bool is_half = left > 0;
-    if (is_half)
-      copy_half(place, lane);
+    const bool is_part = left < 0;
+    if (__builtin_expect(is_part, false))
+      copy_part(barrier, lane);
     else
-      copy_part(place, lane);
-    if (left == 0) go_on(own.copied.segment_end(!is_half));
+      copy_half(barrier, lane);
+    if (left == 0) go_on(own.copied.segment_end(is_part));
   }
 
  private:
-  DEVICE void copy_half(u32 place, int lane) {
-    const u32 barrier = places + 16 * place, target = ring + place * SLOT_BYTES + (u64)source % 128;
-    if (lane == 0)
-      store_pair(barrier + 8, target + (is_second ? MEANS_BYTES : 0), target + (is_second ? 0 : HALF_BYTES));
+  DEVICE u32 slot_of(u32 barrier) const { return slots + barrier * (SLOT_BYTES / 16); }
+  DEVICE void copy_half(u32 barrier, int lane) {
+    const u32 target = slot_of(barrier) + (u64)source % 128;
     if (is_copier(lane)) {
+      if (lane == 0)
+        store_pair(barrier + 8, target + (is_second ? MEANS_BYTES : 0), target + (is_second ? 0 : HALF_BYTES));
       copy_bytes(target, source, COPY_BYTES, barrier);
       arrive(barrier, COPY_BYTES);
     }
@@ -75,19 +76,18 @@ struct Feed {
     }
     is_second = !is_second;
   }
-  DEVICE void copy_part(u32 place, int lane) {
+  DEVICE void copy_part(u32 barrier, int lane) {
     const int tile = index / TILE_PARTS, part = index % TILE_PARTS;
-    const u32 barrier = places + 16 * place, start = ring + place * SLOT_BYTES;
     const bool is_value = part >= KEY_PARTS;
     const int row = TILE * tile + (is_value ? (part - KEY_PARTS) * VALUE_ROWS : part * KEY_ROWS);
     const int count = max(0, min(is_value ? VALUE_ROWS : KEY_ROWS, NUM_PLACES - row));
     const u8* values = (const u8*)args.exact_values + (long long)(following + row) * VALUE_ROW;
     const u8* rows = is_value ? values : (const u8*)args.exact_keys + (long long)(following + row) * KEY_ROW;
     const int num_bytes = count * (is_value ? VALUE_ROW : KEY_ROW), beside = IS_TOGETHER ? count * VALUE_ROW : 0;
-    const u32 target = start + (u64)rows % 128;
-    const u32 values_target = start + slot_bytes(TILE * KEY_ROW) + (u64)values % 128;
-    if (lane == 0) store_pair(barrier + 8, target, values_target);
+    const u32 slot = slot_of(barrier), target = slot + (u64)rows % 128;
+    const u32 values_target = slot + slot_bytes(TILE * KEY_ROW) + (u64)values % 128;
     if (is_copier(lane)) {
+      if (lane == 0) store_pair(barrier + 8, target, values_target);
       if (num_bytes > 0) copy_bytes(target, rows, num_bytes, barrier);
       if (IS_TOGETHER) copy_bytes(values_target, values, beside, barrier);
       arrive(barrier, num_bytes + beside);
@@ -109,26 +109,29 @@ DEVICE void fetch_queries(const Arguments& args, const Item& item, bool is_exact
   __syncwarp();
 }
 
-// Whose turn it is among the places of a warp's ring.
+// The places of a warp's ring: their barriers, 16 bytes apart, each with the addresses that Feed leaves behind it.
 struct Ring {
-  const u32 places;  // shared memory: see decode
-  u32 turn = 0;      // twice the place, plus 1 in every second round: the barriers' parity
-  DEVICE Ring(u32 places) : places(places) {}
-  // Wait until what comes after `others` is there: the addresses that Feed has left.
+  const u32 places;
+  u32 turn;  // the barrier of the place whose turn it is, plus 1 in every second round: its parity
+  DEVICE Ring(u32 places) : places(places), turn(places) {}
+  // Wait until what comes after `others` is there, and return its addresses.
   DEVICE uint2 wait_for(int others) const {
-    const u32 place = turn / 2 + others;
-    const bool is_next_round = place >= RING_SLOTS;
-    const u32 its = places + 16 * (is_next_round ? place - RING_SLOTS : place);
-    wait(its, turn % 2 ^ is_next_round);
-    return load_pair(its + 8);
+    u32 its = turn + 16 * others;
+    if (others > 0 && its >= end()) its = (its ^ 1) - 16 * RING_SLOTS;
+    const u32 barrier = its & ~1u;
+    wait(barrier, its & 1);
+    return load_pair(barrier + 8);
   }
   // What has been read may be overwritten.
   DEVICE void release(Feed& feed, int count, int lane) {
     __syncwarp();
     for (int i = 0; i < count; i++) {
-      feed.copy(turn / 2, lane);
-      turn += 2;
-      if (turn / 2 == RING_SLOTS) turn = turn % 2 ^ 1;
+      feed.copy(turn & ~1u, lane);
+      turn += 16;
+      if (turn >= end()) turn = (turn ^ 1) - 16 * RING_SLOTS;
     }
   }
+
+ private:
+  DEVICE u32 end() const { return places + 16 * RING_SLOTS; }
 };

@@ -2,11 +2,12 @@
 
 struct Softmax {  // of this lane's columns 2t, 2t + 1 of each set of 8
   float reference[NUM_COLS][2], denominator[NUM_COLS][2];
+  float mean_weight[NUM_COLS][2];  // of the mean of a block's values: see attend_half
   float sums[NUM_COLS][VALUE_TILES][4];
   DEVICE void reset() {
     for (int n = 0; n < NUM_COLS; n++) {
       reference[n][0] = reference[n][1] = LOWEST;
-      denominator[n][0] = denominator[n][1] = 0;
+      denominator[n][0] = denominator[n][1] = mean_weight[n][0] = mean_weight[n][1] = 0;
 #pragma unroll
       for (int i = 0; i < VALUE_TILES; i++) sums[n][i][0] = sums[n][i][1] = sums[n][i][2] = sums[n][i][3] = 0;
     }
@@ -33,6 +34,7 @@ struct Softmax {  // of this lane's columns 2t, 2t + 1 of each set of 8
         const float raised = fmaxf(highest[c], reference[n][c]), decay = exp2_(reference[n][c] - raised);
         reference[n][c] = raised;
         denominator[n][c] *= decay;
+        mean_weight[n][c] *= decay;
 #pragma unroll
         for (int i = 0; i < VALUE_TILES; i++) {
           sums[n][i][c] *= decay;
