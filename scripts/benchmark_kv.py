@@ -48,8 +48,9 @@ LEGEND = """\
 context: tokens of prompt and answer. KV: what such a request holds of a cache; x: how many times as much bf16
 holds, the same server without compression. Peaks: the most that tensors took of the GPU, with weights and
 without unused cache, while the prompt was read and while tokens were generated; a server reads it in steps,
-transformers at once. same: tokens like bf16's up to the first that differs. On a CPU a server reads bf16's
-blocks more slowly than codes: what codes cost in speed, only `transformers` tells there."""
+transformers at once. tok/s: medians of up to 5 runs. same: tokens like bf16's up to the first that differs.
+On a CPU a server reads bf16's blocks more slowly than codes: what codes cost in speed, only `transformers`
+tells there."""
 
 
 def caches(config: ServerConfig, bits: Sequence[int], *, with_transformers: bool) -> dict[str, RunCache]:
