@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ from turboquant_server.model_loader import LoadedModel
 from turboquant_server.model_manager import ModelManager
 
 NUM_WARMUP_PROMPT_TOKENS, NUM_WARMUP_TOKENS = 4096, 2
-# A request is run again until so many seconds have passed or so often; medians count.
+# A request is run again until it has taken so many seconds, at most so many times; medians count.
 REPEAT_SECONDS, MAX_RUNS = 1.5, 5
 
 
@@ -58,6 +59,8 @@ class Run:
     decode: Lap
     kv_bytes: int
 
+
+_run_numbers = itertools.count()
 
 # Runs a model on a prompt until there are so many tokens.
 RunCache: TypeAlias = Callable[[LoadedModel, Sequence[int], int], Run]
@@ -100,7 +103,7 @@ def _repeat(run: Callable[[], Run]) -> Run:
 
 
 def _median(laps: Sequence[Lap]) -> Lap:
-    return sorted(laps, key=lambda lap: lap.seconds)[len(laps) // 2]
+    return sorted(laps, key=lambda lap: lap.seconds)[(len(laps) - 1) // 2]
 
 
 @torch.inference_mode()
@@ -181,7 +184,7 @@ async def _answer(
     laps: list[Lap] = []
     held_bytes = 0
     params = SamplingParams(max_tokens=num_tokens, temperature=0, ignore_eos=True)
-    request_id = f"{len(prompt)} and {num_tokens} tokens"
+    request_id = f"run {next(_run_numbers)}"
     async for output in manager.engine.generate(prompt, params, request_id):
         token_ids += output.token_ids
         if watch and len(token_ids) in (1, num_tokens):

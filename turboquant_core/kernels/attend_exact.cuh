@@ -43,7 +43,7 @@ struct ExactTokens {
     for (int first = 0; first < TILE; first += 16) attend_16(args, tile, first, lane, turn, feed, softmax);
     turn.release(feed, VALUE_PARTS, lane);
     const int place = newest_place();
-    if (!args.new_keys || (u32)(place - TILE * tile) >= TILE) return;  // without a division to keep
+    if (!args.new_keys || (u32)(place - TILE * tile) >= TILE) return;  // place / TILE != tile, without a register for it
     const Item& item = feed.own.item;
     const long long row = ((long long)args.slots[item.request] * args.num_heads + item.head) * NUM_PLACES + place;
     if (lane < KEY_DIM / 8) ((uint4*)(args.exact_keys + row * KEY_DIM))[lane] = new_key;

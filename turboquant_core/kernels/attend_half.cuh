@@ -130,8 +130,8 @@ DEVICE void add_value_mean(u32 means, float value_step, int g, Softmax& softmax)
   }
 }
 
-// Half a block and its means, in shared memory; the mean of values is added when the block ends. Rows of the sums:
-// dimension 16R + 8r + g.
+// Half a block and its means, in shared memory; the mean of values is added when the block, or what this warp has of it,
+// ends. Rows of the sums: dimension 16R + 8r + g.
 DEVICE void attend_half(const Arguments& args, const StoredQueries& queries, const KeyCodes& key_codes,
                         const ValueCodes& value_codes, u32 half, u32 means, int num_hidden, bool ends_block,
                         int lane, Softmax& softmax) {

@@ -22,8 +22,8 @@ from turboquant_core.reference import AttentionOptions
 
 logger = logging.getLogger(__name__)
 
-# cuDNN makes a plan, which takes 70 ms, for each pair of numbers of queries and of keys: so there
-# are few of both, and queries that are nearly as many as those of a full step become as many.
+# cuDNN makes a plan, which takes 70 ms, for each pair of numbers of queries and of keys. So there are few of
+# both: other numbers of queries become multiples of the larger one, if that is at most a quarter more.
 _QUERIES, _FULL_QUERIES, _KEYS = 512, 2048, 2048
 # What it is faster on, as far as that is known.
 _CAPABILITIES = (9, 10)
@@ -111,7 +111,7 @@ def _padded(queries: Tensor) -> Tensor:
 
 def _num_padded(num_tokens: int) -> int:
     missing = -num_tokens % _FULL_QUERIES
-    return num_tokens + (missing if missing <= num_tokens // 4 else 0)
+    return num_tokens + missing if num_tokens % _QUERIES and missing <= num_tokens // 4 else num_tokens
 
 
 def _is_right(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> bool:

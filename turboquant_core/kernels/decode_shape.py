@@ -101,8 +101,9 @@ class DecodeShape:
             return 12
         if max(self.key_dim, self.value_dim) <= 64:
             return 20
-        # Where shared memory is small, only 2 bits have room for more than 12, and they lack a register then.
-        return 16 if arch in _SHARED_BYTES else 12
+        # Where shared memory is small, only 2 bits have room for more than 12 then, and lack a register.
+        is_short = max(self.key_dim, self.value_dim) > 96 and arch not in _SHARED_BYTES
+        return 12 if is_short else 16
 
 
 class Fit(NamedTuple):

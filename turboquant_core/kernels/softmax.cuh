@@ -2,7 +2,7 @@
 
 struct Softmax {  // of this lane's columns 2t, 2t + 1 of each set of 8
   float reference[NUM_COLS][2], denominator[NUM_COLS][2];
-  float mean_weight[NUM_COLS][2];  // of the mean of a block's values: see attend_half
+  float mean_weight[NUM_COLS][2];  // of the mean of a block's values: see add_value_mean
   float sums[NUM_COLS][VALUE_TILES][4];
   DEVICE void reset() {
     for (int n = 0; n < NUM_COLS; n++) {

@@ -32,7 +32,7 @@ def add_found(found: Found, averages: Tensor, weights: Tensor) -> None:
     Args:
         found: What there is, which becomes the whole.
         averages: ``[num_heads, num_tokens, value_dim]``, any floating-point type, last dimension contiguous.
-        weights: Natural logarithms, float32 ``[num_heads, num_tokens]``, likewise.
+        weights: Natural logarithms, float32 ``[num_heads, num_tokens]``, last dimension contiguous.
     """
     num_tokens, num_heads, value_dim = found.averages.shape
     rows = 16
