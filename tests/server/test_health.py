@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -40,7 +41,7 @@ def test_a_server_is_loading_then_healthy_then_dead(serve: Serve, tiny_model_dir
     manager.created -= 700  # as if that long ago
     with serve(build_app(manager)) as url:
         assert health(url) == (503, "model_loading")
-        assert "for 70" in httpx.get(f"{url}/health").text  # to 709 s, on a busy machine
+        assert re.search(r"for 70\d s so far", httpx.get(f"{url}/health").text)  # a busy machine takes some
         assert httpx.get(f"{url}/version").json() == {"version": __version__}
         assert httpx.get(f"{url}/metrics").status_code == 200
         manager.load()

@@ -25,7 +25,7 @@ struct ExactTokens {
     position = args.positions[item.request];
     start = max(args.exact_starts[item.request], NUM_SINKS);
     first_visible = args.first_visible[item.request];
-    const long long head = (long long)item.request * args.num_heads + item.head;
+    const long long head = item.index(args.num_heads);
     if (args.new_keys && lane < KEY_DIM / 8) new_key = ((const uint4*)(args.new_keys + head * KEY_DIM))[lane];
     if (args.new_keys && lane < VALUE_DIM / 8) new_value = ((const uint4*)(args.new_values + head * VALUE_DIM))[lane];
     const u8* rows = (const u8*)(args.queries + head * GROUP * KEY_DIM);

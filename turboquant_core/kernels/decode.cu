@@ -192,7 +192,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
       const Item done = own.item;
       number = own.stop;
       const bool was_exact = number <= done.segment_end(true), is_finished = number == done.segment_end(was_exact);
-      const int segment = 2 * (done.request * num_heads + done.head) + !was_exact;
+      const int segment = 2 * (int)done.index(num_heads) + !was_exact;
       float* target = is_finished ? partials + (partial_of(blockIdx.x, segment) + 1ll) * PARTIAL
                                   : (float*)(memory + warp * RING_BYTES);
       if (was_exact)

@@ -92,18 +92,18 @@ class DecodeShape:
 
     def max_warps(self, arch: int) -> int:
         """Return for how many warps a multiprocessor has registers."""
+        dim = max(self.key_dim, self.value_dim)
         if self.query_bytes(arch):
             return 12
-        if self.group_size > 8 or max(self.key_dim, self.value_dim) > 128:
+        if self.group_size > 8 or dim > 128:
             return 8
         # Without a conversion from e4m3, or with 8-bit keys for more than 4 heads, there is more to hold.
         if arch < 89 or (self.key_bits == 8 and self.group_size > 4):
             return 12
-        if max(self.key_dim, self.value_dim) <= 64:
+        if dim <= 64:
             return 20
         # Where shared memory is small, only 2 bits have room for more than 12 then, and lack a register.
-        is_short = max(self.key_dim, self.value_dim) > 96 and arch not in _SHARED_BYTES
-        return 12 if is_short else 16
+        return 12 if dim > 96 and arch not in _SHARED_BYTES else 16
 
 
 class Fit(NamedTuple):

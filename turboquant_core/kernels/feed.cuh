@@ -101,7 +101,7 @@ struct Feed {
 // to all places are under way comes after them.
 DEVICE void fetch_queries(const Arguments& args, const Item& item, bool is_exact, Own& own, int lane) {
   const u8* rows = IS_PLAIN || is_exact ? (const u8*)args.queries : args.stored_bytes;
-  rows += ((long long)item.request * args.num_heads + item.head) * GROUP * KEY_ROW;  // of either
+  rows += item.index(args.num_heads) * GROUP * KEY_ROW;  // of either
   u32 seen = 0;
   for (int i = 32 * lane; i < GROUP * KEY_ROW; i += 32 * 32) seen |= *(const volatile u32*)(rows + i);
   seen = __reduce_or_sync(~0u, seen);

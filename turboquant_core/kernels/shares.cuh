@@ -26,6 +26,7 @@ DEVICE int pieces(u32 work, u32 of_each) { return (work + of_each - 1) / of_each
 struct Item {
   int request, head;     // kv head
   u32 start, count;      // of the work on this request and head
+  DEVICE long long index(int num_heads) const { return (long long)request * num_heads + head; }
   DEVICE u32 segment_end(bool is_exact) const { return start + (is_exact ? EXACT_WORK : count); }
   DEVICE void store(Item& target) const {  // for all lanes, each of which has the same
     __syncwarp();

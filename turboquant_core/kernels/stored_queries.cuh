@@ -26,7 +26,7 @@ struct StoredQueries {
 
   DEVICE void load(const Arguments& args, const Item& item, int lane) {
     const int g = lane >> 2, t = lane & 3;
-    const long long first = ((long long)item.request * args.num_heads + item.head) * GROUP;
+    const long long first = item.index(args.num_heads) * GROUP;
     Operand all_operands[KEY_TILES];
     Bytes all_bytes[KEY_TILES];
 #pragma unroll
