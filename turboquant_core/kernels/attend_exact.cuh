@@ -44,8 +44,7 @@ struct ExactTokens {
     turn.release(feed, VALUE_PARTS, lane);
     const int place = newest_place();
     if (!args.new_keys || (u32)(place - TILE * tile) >= TILE) return;  // place / TILE != tile, without a register for it
-    const Item& item = feed.own.item;
-    const long long row = ((long long)args.slots[item.request] * args.num_heads + item.head) * NUM_PLACES + place;
+    const long long row = args.first_place(feed.own.item) + place;
     if (lane < KEY_DIM / 8) ((uint4*)(args.exact_keys + row * KEY_DIM))[lane] = new_key;
     if (lane < VALUE_DIM / 8) ((uint4*)(args.exact_values + row * VALUE_DIM))[lane] = new_value;
   }

@@ -87,6 +87,10 @@ struct Arguments {
   int num_heads, table_stride;
   float scale, softcap;            // both times log2 e; no softcap is 0
   float key_unit, value_unit;      // what the level 1 stands for
+  // The first of a request's and kv head's exact tokens, among those of all slots.
+  DEVICE long long first_place(const Item& item) const {
+    return ((long long)slots[item.request] * num_heads + item.head) * NUM_PLACES;
+  }
 };
 
 // Shared memory of a thread block: each warp's ring, where it leaves what it has found at last; its queries, if

@@ -31,7 +31,7 @@ struct Feed {
         const int last = pieces(min(end, exact_end) - item.start, TILE_WORK);
         left = min(first - min(last, num_tiles(args.positions[item.request])), 0) * TILE_PARTS;
         index = first * TILE_PARTS;
-        following = (args.slots[item.request] * args.num_heads + item.head) * NUM_PLACES;
+        following = (int)args.first_place(item);
         next = exact_end;
         continue;
       }
