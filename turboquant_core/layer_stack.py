@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from turboquant_core.block_codec import BlockCodec
 from turboquant_core.config import BLOCK_SIZE
 from turboquant_core.reference import Codec
 
@@ -48,13 +47,12 @@ def make_blocks(
         rows: Integers ``[num_blocks]``, where the tokens of each lie.
         starts: ``[num_blocks]``, the place of its first token there; the others follow.
         block_ids: ``[num_blocks]``, which these become.
-        uses_kernels: Make them in one launch, if they are compressed.
+        uses_kernels: Make them in one launch.
     """
-    block_codecs = [codec for codec in codecs if isinstance(codec, BlockCodec)]
-    if uses_kernels and len(block_codecs) == len(codecs):
+    if uses_kernels:
         from turboquant_core.kernels.triton_encode import encode_blocks  # Triton is there where a GPU is
 
-        encode_blocks(stack.keys, stack.values, rows, starts, stack.records, block_ids, block_codecs)
+        encode_blocks(stack.keys, stack.values, rows, starts, stack.records, block_ids, codecs)
         return
     places = starts[:, None] + torch.arange(BLOCK_SIZE, device=starts.device)
     for codec, records, *layer in zip(codecs, stack.records, stack.keys, stack.values, strict=True):

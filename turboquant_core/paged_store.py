@@ -246,7 +246,7 @@ class PagedStore:
         """Compile the kernels of `make_due_blocks`, for which a request would wait otherwise."""
         none, zero = (torch.full((1,), number, device=self.device) for number in (-1, 0))
         for stack in self._stacks:
-            if isinstance(self.layers[stack.indices[0]].codec, BlockCodec) and self.uses_kernels:
+            if self.uses_kernels:
                 self._make_blocks(stack, zero, zero, none)
 
     def read(self, layer_idx: int, run: PrefillRun) -> tuple[Tensor, Tensor]:

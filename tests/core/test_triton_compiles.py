@@ -69,6 +69,7 @@ def test_kernels_compile_and_fit(
     assert result["error"] is None
     assert set(result["kernels"]) == {
         "_encode",
+        "_make_plain",
         "_keep",
         "_add",
         "_read",

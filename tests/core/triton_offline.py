@@ -72,9 +72,13 @@ def launch(shape: Launch) -> None:
         torch.zeros(2, KV_HEADS, timeline.num_exact, dim, dtype=dtype)
         for dim in (shape.key_dim, shape.value_dim)
     )
-    records = torch.zeros(8, KV_HEADS, codec.record_bytes, dtype=torch.uint8)
+    exact_codec = ExactCodec(shape.key_dim, shape.value_dim, dtype)
+    records, exact_records = (
+        torch.zeros(8, KV_HEADS, each.record_bytes, dtype=torch.uint8) for each in (codec, exact_codec)
+    )
     numbers = torch.zeros(2, dtype=torch.int32)
     encode_blocks(keys[None], values[None], numbers, numbers, records[None], numbers, [codec])
+    encode_blocks(keys[None], values[None], numbers, numbers, exact_records[None], numbers, [exact_codec])
     tables = DecodeTables(
         slots=numbers,
         positions=numbers,
@@ -95,7 +99,7 @@ def launch(shape: Launch) -> None:
         for sizes in ((2, KV_HEADS), (KV_HEADS, 128))
     )
     read_blocks(records, numbers, codec, *stored)
-    read_blocks(records, numbers, ExactCodec(shape.key_dim, shape.value_dim, dtype), *stored)
+    read_blocks(exact_records, numbers, exact_codec, *stored)
     integers = torch.zeros(2, 10, dtype=torch.int64)
     plan = SimpleNamespace(
         table=integers,

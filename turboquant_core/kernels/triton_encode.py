@@ -1,4 +1,4 @@
-"""Blocks of keys and values to records in Triton: what `BlockCodec.encode` does, straight into the store.
+"""Blocks of keys and values to records in Triton: what `encode` of their codec does, straight into the store.
 
 A program has the keys, or the values, of one block and kv head, a row per token. Rows, and columns of keys,
 have the order of `triton_store.spread`.
@@ -19,8 +19,10 @@ from triton import language as tl
 
 from turboquant_core.block_codec import BlockCodec
 from turboquant_core.block_quantizer import TRIAL_LENGTHS, BlockQuantizer
+from turboquant_core.exact_codec import ExactCodec
 from turboquant_core.kernels.triton_launch import quick_launch
 from turboquant_core.kernels.triton_places import parts_of, starts_of
+from turboquant_core.kernels.triton_plain import make_plain_blocks
 from turboquant_core.kernels.triton_quantize import constants, magnitudes_of, scale_factor, search
 from turboquant_core.kernels.triton_store import (
     byte_bits,
@@ -32,6 +34,7 @@ from turboquant_core.kernels.triton_store import (
 )
 from turboquant_core.kernels.triton_transform import matrix_parts, sizes, transformed
 from turboquant_core.record import KEYS, VALUES
+from turboquant_core.reference import Codec
 
 # An int8 is the lowest byte of a number, rounded to even, plus this.
 _ROUNDER = tl.constexpr(1.5 * 2**23)
@@ -47,7 +50,7 @@ def encode_blocks(
     starts: Tensor,
     records: Tensor,
     block_ids: Tensor,
-    codecs: Sequence[BlockCodec],
+    codecs: Sequence[Codec],
 ) -> None:
     """Make records of blocks of 64 tokens each, the same in all layers, in one launch without a wait.
 
@@ -66,7 +69,11 @@ def encode_blocks(
     num_blocks = block_ids.shape[0]
     if not num_blocks:
         return
-    parts_and_units, options = _options(tuple(codecs), keys.device)
+    if isinstance(codecs[0], ExactCodec):
+        make_plain_blocks(keys, values, rows, starts, records, block_ids, codecs[0])
+        return
+    block_codecs = tuple(codec for codec in codecs if isinstance(codec, BlockCodec))
+    parts_and_units, options = _options(block_codecs, keys.device)
     _encode[(num_blocks, num_kv_heads * num_layers, 2)](
         keys,
         values,

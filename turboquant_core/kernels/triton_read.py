@@ -22,6 +22,7 @@ from turboquant_core.kernels.triton_places import (
     starts_of,
     value_words,
 )
+from turboquant_core.kernels.triton_plain import read_plain_blocks
 from turboquant_core.reference import Codec
 
 
@@ -36,17 +37,7 @@ def read_blocks(records: Tensor, block_ids: Tensor, codec: Codec, keys: Tensor, 
         values: Likewise.
     """
     if isinstance(codec, ExactCodec):
-        _read_plain[(block_ids.shape[0], records.shape[1])](
-            records.view(codec.dtype),
-            block_ids,
-            keys,
-            values,
-            *keys.stride()[:2],
-            *values.stride()[:2],
-            KEY_DIM=keys.shape[2],
-            VALUE_DIM=values.shape[2],
-            COLS=next_power_of_2(max(keys.shape[2], values.shape[2])),
-        )
+        read_plain_blocks(records, block_ids, codec, keys, values)
         return
     key_quantizer, value_quantizer = codec.key_quantizer, codec.value_quantizer
     units, options = _options(
@@ -143,43 +134,3 @@ def _read(
     is_number = (token >= 0)[:, None] & (value_col < VALUE_DIM)[None, :]
     places = (block.to(tl.int64) * 64 + token)[:, None] * value_stride + value_col[None, :]
     tl.store(values + head * value_head_stride + places, numbers.to(values.dtype.element_ty), is_number)
-
-
-@quick_launch
-@triton.jit(do_not_specialize_on_alignment=["block_ids"])
-def _read_plain(
-    numbers,
-    block_ids,
-    keys,
-    values,
-    key_head_stride,
-    key_stride,
-    value_head_stride,
-    value_stride,
-    KEY_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    COLS: tl.constexpr,
-):
-    """Write what `ExactCodec` keeps: a number lies in its tile where a code would, see there."""
-    block = tl.program_id(0)
-    head = tl.program_id(1).to(tl.int64)
-    KEY_TILES: tl.constexpr = (KEY_DIM + 15) // 16
-    VALUE_TILES: tl.constexpr = (VALUE_DIM + 15) // 16
-    HALF: tl.constexpr = 512 * (KEY_TILES + VALUE_TILES)
-    record = (tl.load(block_ids + block).to(tl.int64) * tl.num_programs(1) + head) * (2 * HALF)
-    token = tl.arange(0, 64)[:, None]
-    dim = tl.arange(0, COLS)[None, :]
-    half = record + token // 32 * HALF
-    target = block.to(tl.int64) * 64 + token
-    # Keys: tile row, then in a tile g // 2, r, g % 2 of the token, t and j of the dimension.
-    in_tile = token % 16
-    g = in_tile // 4 * 2 + in_tile % 2
-    lane = g * 4 + dim // 4 % 4
-    place = (token // 16 % 2 * KEY_TILES + dim // 16) * 256 + lane * 8 + in_tile // 2 % 2 * 4 + dim % 4
-    number = tl.load(numbers + half + place, dim < KEY_DIM, 0)
-    tl.store(keys + head * key_head_stride + target * key_stride + dim, number, dim < KEY_DIM)
-    # Values: tile row, r and g of the dimension, t and j of the token.
-    lane = dim % 8 * 4 + token // 4 % 4
-    place = (dim // 16 * 2 + token // 16 % 2) * 256 + lane * 8 + dim // 8 % 2 * 4 + token % 4
-    number = tl.load(numbers + half + 512 * KEY_TILES + place, dim < VALUE_DIM, 0)
-    tl.store(values + head * value_head_stride + target * value_stride + dim, number, dim < VALUE_DIM)
