@@ -35,8 +35,9 @@ EXAMPLE_QUESTION = "The access code of the harbour is 271828. What is the access
 # of 22 (2 cores, the bundled model).
 SPIN_COUNT = ("GOMP_SPINCOUNT", "3000")
 # In seconds. The engine gives the interpreter away in every operation of torch, and by default it may take
-# the event loop 5 ms to give it back: steps of 16 requests then take twice as long (the same model).
-SWITCH_INTERVAL = 0.0005
+# the event loop 5 ms to give it back: steps of 16 requests then take twice as long (the same model); with
+# 0.03 ms, 128 streams of an 8B shape on an H200 are 10% slower than with this, as threads change too often.
+SWITCH_INTERVAL = 0.0001
 
 # Longer than proxies keep idle connections, nginx and AWS's balancers for 60 seconds, cloudflared for 90: now
 # and then they would send a request on one that is just being closed.

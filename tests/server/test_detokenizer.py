@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -171,6 +173,16 @@ def test_byte_tokens_of_a_sentencepiece_vocabulary_join_to_characters() -> None:
         "😀",
         " world",
     ]
+
+
+@pytest.mark.parametrize("name", ["decode", "_decode"])
+def test_a_tokenizer_that_decodes_in_a_way_of_its_own_is_asked(name: str) -> None:
+    def decode_loudly(self: PreTrainedTokenizerFast, token_ids: list[int], **options: Any) -> str:
+        return str(getattr(PreTrainedTokenizerFast, name)(self, token_ids, **options)).upper()
+
+    loud = type("Loud", (PreTrainedTokenizerFast,), {name: decode_loudly})
+    tokenizer = loud(tokenizer_object=BYTES.backend_tokenizer)
+    assert "".join(pieces_of(list(b"quiet"), tokenizer=tokenizer)) == "QUIET"
 
 
 @pytest.mark.parametrize("token_id", [0x80, END])

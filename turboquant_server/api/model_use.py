@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, cast
 
 from fastapi import Request
 from fastapi.responses import Response
@@ -17,14 +17,13 @@ from turboquant_server.api.messages import PING
 from turboquant_server.api.messages_error import to_messages_error
 from turboquant_server.api.prompts import PromptTokenizer
 from turboquant_server.api.responses_error import to_error_event
-from turboquant_server.api.streaming import KEEP_ALIVE, end_with_error, name_event, send_events
+from turboquant_server.api.streaming import KEEP_ALIVE, Event, end_with_error, name_event, send_events
 
 if TYPE_CHECKING:
     from turboquant_server.model_life import Models
     from turboquant_server.model_manager import ModelManager
     from turboquant_server.served_model import ServedModel
 
-Event: TypeAlias = str | ServerSentEvent
 Result = TypeVar("Result")
 
 

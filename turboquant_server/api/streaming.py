@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from typing import Any
+from typing import Any, TypeAlias
 
 from pydantic import BaseModel
 from pydantic_core import to_json
@@ -16,6 +16,8 @@ from turboquant_server.api.errors import ApiError, to_api_error
 from turboquant_server.engine.request import EngineDeadError, RequestFailedError
 
 logger = logging.getLogger(__name__)
+
+Event: TypeAlias = str | bytes | ServerSentEvent
 
 LINE_END = "\n"
 KEEP_ALIVE = ServerSentEvent(comment="keep-alive", sep=LINE_END)
@@ -40,7 +42,7 @@ def stream_events(chunks: AsyncGenerator[str, None], keep_alive_interval: float)
 
 
 def send_events(
-    events: AsyncGenerator[str | ServerSentEvent, None],
+    events: AsyncGenerator[Event, None],
     keep_alive_interval: float,
     keep_alive: ServerSentEvent,
 ) -> EventSourceResponse:
@@ -75,11 +77,12 @@ def format_chunk(template: BaseModel, include_usage: bool, **fields: object) -> 
     return chunk.model_dump_json(exclude=None if include_usage else {"usage"})
 
 
-async def _read_events(chunks: AsyncGenerator[str, None]) -> AsyncGenerator[str | ServerSentEvent, None]:
+async def _read_events(chunks: AsyncGenerator[str, None]) -> AsyncGenerator[Event, None]:
     async with aclosing(chunks):
         try:
             async for chunk in chunks:
-                yield chunk
+                # What a ServerSentEvent would become, in less time: JSON has no line breaks.
+                yield f"data: {chunk}{2 * LINE_END}".encode()
         except Exception as error:
             yield end_with_error(error).body.model_dump_json()
     yield "[DONE]"
