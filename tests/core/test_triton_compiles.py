@@ -39,8 +39,9 @@ CASES = [
     ("sm_90", UNEQUAL),
     ("sm_120", UNEQUAL),
     ("sm_80", SMALL),
+    ("sm_80", WIDE),
     ("sm_90", WIDE),
-    ("sm_89", WIDE),  # as for sm_80, which has more shared memory
+    ("sm_89", WIDE),
 ]
 
 

@@ -305,5 +305,5 @@ class SchedulerMachine(RuleBasedStateMachine):
 def test_every_step_obeys_the_timeline_and_every_request_ends(setup: Setup, overlaps_steps: bool) -> None:
     run_state_machine_as_test(
         cast(Any, lambda: SchedulerMachine(setup, overlaps_steps)),
-        settings=settings(max_examples=24, stateful_step_count=30, deadline=None, derandomize=True),
+        settings=settings(max_examples=30, stateful_step_count=30, deadline=None, derandomize=True),
     )
