@@ -244,10 +244,11 @@ class PagedStore:
 
     def warm_up(self) -> None:
         """Compile the kernels of `make_due_blocks`, for which a request would wait otherwise."""
+        if not self.uses_kernels:
+            return
         none, zero = (torch.full((1,), number, device=self.device) for number in (-1, 0))
         for stack in self._stacks:
-            if self.uses_kernels:
-                self._make_blocks(stack, zero, zero, none)
+            self._make_blocks(stack, zero, zero, none)
 
     def read(self, layer_idx: int, run: PrefillRun) -> tuple[Tensor, Tensor]:
         """Return all keys and values before a single chunk as its queries see them, in order of the tokens.

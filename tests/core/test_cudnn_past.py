@@ -8,8 +8,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from paged_requests import FULL, Engine, Layer, Shape, make_codec, random_tokens
-from test_triton_prefill import DEVICE, HAS_GPU, compute, engine_of
+from test_triton_prefill import compute, engine_of
 from torch import Tensor
+from triton_device import DEVICE, HAS_GPU
 
 from turboquant_core.kernels import cudnn_past, triton_prefill
 from turboquant_core.reference import AttentionOptions

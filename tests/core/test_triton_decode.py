@@ -1,7 +1,4 @@
-"""The Triton kernels attend as the reference does, on a GPU if there is one, else in the interpreter.
-
-More than 300 lines, as one way to make batches serves all tests.
-"""
+"""The Triton kernels attend as the reference does, on a GPU if there is one, else in the interpreter."""
 
 from __future__ import annotations
 
@@ -11,27 +8,18 @@ import pytest
 import torch
 from paged_requests import FULL, SMALL, Shape, generator, make_codec, plan_of, random_tokens
 from torch import Tensor
+from triton_device import DEVICE, HAS_GPU
 
 from turboquant_core.block_codec import BlockCodec
 from turboquant_core.block_quantizer import KEY_SCALE, VALUE_SCALE, BlockQuantizer
+from turboquant_core.kernels import triton_attend, triton_decode
+from turboquant_core.kernels.triton_decode import decode
 from turboquant_core.reference import AttentionOptions, decode_attention
 from turboquant_core.request_cache import CacheManager, Visibility
 from turboquant_core.step_plan import Chunk, DecodeTables
 from turboquant_core.timeline import Timeline
 
-pytest.importorskip("triton")
-from triton import language
-from triton.runtime import interpreter
-
-from turboquant_core.kernels import triton_attend, triton_decode
-from turboquant_core.kernels.triton_decode import decode
-
-HAS_GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 NUM_BLOCKS = 40
-
-if not HAS_GPU and not isinstance(language.sum, interpreter.InterpretedFunction):
-    pytest.skip("TRITON_INTERPRET must be set before triton is imported", allow_module_level=True)
 
 pytestmark = pytest.mark.usefixtures("loops_in_the_interpreter")
 
@@ -230,7 +218,7 @@ def test_long_requests_have_longer_splits_not_more(monkeypatch: pytest.MonkeyPat
     if not HAS_GPU:
         most, length = 3, 1300
         for module in (triton_attend, triton_decode):
-            monkeypatch.setattr(module, "MAX_SPLITS", language.constexpr(most))
+            monkeypatch.setattr(module, "MAX_SPLITS", triton_decode.tl.constexpr(most))
     shape = Shape(1, 1, 16, 16)
     batch = make_batch(shape, [length], block_codec((2, 2), shape), num_blocks=300)
     assert batch.tables().num_blocks.item() > most * triton_attend.MIN_SPLIT.value

@@ -1,7 +1,4 @@
-"""The Triton kernel makes records as `BlockCodec.encode` does, on a GPU if there is one, else interpreted.
-
-More than 300 lines, as one way to make and check records serves all tests.
-"""
+"""The Triton kernel makes records as `BlockCodec.encode` does, on a GPU if there is one, else interpreted."""
 
 from __future__ import annotations
 
@@ -11,24 +8,15 @@ import pytest
 import torch
 from paged_requests import Shape, generator, random_tokens
 from torch import Tensor
+from triton_device import DEVICE, HAS_GPU
 
 from turboquant_core.block_codec import BlockCodec
 from turboquant_core.block_quantizer import KEY_SCALE, VALUE_SCALE, BlockQuantizer, EncodedBlocks
+from turboquant_core.kernels import triton_encode
 from turboquant_core.record import RecordLayout
 from turboquant_core.transform import Transform, balanced, rotation
 
-pytest.importorskip("triton")
-from triton import language
-from triton.runtime import interpreter
-
-from turboquant_core.kernels import triton_encode
-
-HAS_GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 HEADS = 2
-
-if not HAS_GPU and not isinstance(language.sum, interpreter.InterpretedFunction):
-    pytest.skip("TRITON_INTERPRET must be set before triton is imported", allow_module_level=True)
 
 # The interpreter computes in NumPy, which warns of what becomes NaN or inf.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -5,24 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from triton_device import DEVICE
 
 from turboquant_core.exact_codec import ExactCodec
-
-pytest.importorskip("triton")
-from triton import language
-from triton.runtime import interpreter
-
 from turboquant_core.kernels.triton_encode import encode_blocks
 from turboquant_core.kernels.triton_read import read_blocks
 
-HAS_GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 LAYERS, ROWS, HEADS, PLACES, RECORDS = 2, 3, 2, 200, 5
 # Of each block: its row, where in it its tokens start, and its record in the store.
 BLOCKS = ((2, 69, 1), (0, 136, 4), (2, 5, 0))
-
-if not HAS_GPU and not isinstance(language.sum, interpreter.InterpretedFunction):
-    pytest.skip("TRITON_INTERPRET must be set before triton is imported", allow_module_level=True)
 
 
 def slots_of_any_strides(dim: int, dtype: torch.dtype) -> Tensor:

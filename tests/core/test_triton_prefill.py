@@ -8,23 +8,13 @@ import pytest
 import torch
 from paged_requests import FULL, SMALL, Engine, Layer, Request, Shape, Tokens, make_codec, random_tokens
 from torch import Tensor
-
-from turboquant_core.reference import AttentionOptions
-from turboquant_core.request_cache import Visibility
-from turboquant_core.step_plan import Chunk, due_blocks
-
-pytest.importorskip("triton")
-from triton import language
-from triton.runtime import interpreter
+from triton_device import DEVICE, HAS_GPU
 
 from turboquant_core.kernels import triton_prefill
 from turboquant_core.kernels.triton_found import Found, add_found
-
-HAS_GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
-
-if not HAS_GPU and not isinstance(language.sum, interpreter.InterpretedFunction):
-    pytest.skip("TRITON_INTERPRET must be set before triton is imported", allow_module_level=True)
+from turboquant_core.reference import AttentionOptions
+from turboquant_core.request_cache import Visibility
+from turboquant_core.step_plan import Chunk, due_blocks
 
 pytestmark = [
     pytest.mark.usefixtures("loops_in_the_interpreter"),

@@ -21,7 +21,7 @@ from turboquant_core.block_codec import BlockCodec
 from turboquant_core.block_quantizer import TRIAL_LENGTHS, BlockQuantizer
 from turboquant_core.exact_codec import ExactCodec
 from turboquant_core.kernels.triton_launch import quick_launch
-from turboquant_core.kernels.triton_places import parts_of, starts_of
+from turboquant_core.kernels.triton_places import parts_of, starts_of, tokens_and_record
 from turboquant_core.kernels.triton_plain import make_plain_blocks
 from turboquant_core.kernels.triton_quantize import constants, magnitudes_of, scale_factor, search
 from turboquant_core.kernels.triton_store import (
@@ -226,15 +226,11 @@ def _encode(
     LENGTHS: tl.constexpr,
     STARTS: tl.constexpr,
 ):
-    block = tl.program_id(0)
-    layer = (tl.program_id(1) // num_kv_heads).to(tl.int64)
-    head = (tl.program_id(1) % num_kv_heads).to(tl.int64)
-    block_id = tl.load(block_ids + block).to(tl.int64)
+    block_id = tl.load(block_ids + tl.program_id(0)).to(tl.int64)
     if block_id < 0:
         return
-    row = tl.load(rows + block).to(tl.int64)
-    start = tl.load(starts + block).to(tl.int64)
-    record = ((layer * num_records + block_id) * num_kv_heads + head) * STARTS[8]
+    layer, row, head, start, number = tokens_and_record(rows, starts, block_id, num_kv_heads, num_records)
+    record = number * STARTS[8]
     words, halves, integers = parts_of(records)
     if tl.program_id(2) == 0:
         matrix = layer * num_kv_heads + head if KEYS_PER_HEAD else layer

@@ -1,4 +1,5 @@
-"""Where a record has what belongs to which token and dimension, in Triton: `record.py` says so.
+"""Where a record has what belongs to which token and dimension, in Triton: `record.py` says so; and where a
+program that makes a record finds the tokens, and puts it.
 
 `STARTS` are those of the fields of its first half and of its means, then where the means end, where the
 second half starts, which has the first one's fields, and the record's size: bytes.
@@ -21,6 +22,25 @@ def starts_of(key_dim: int, key_bits: int, value_dim: int, value_bits: int) -> t
     """Return what `STARTS` are of a layout."""
     layout = RecordLayout(key_dim, key_bits, value_dim, value_bits)
     return (*layout.starts, layout.record_bytes)
+
+
+@triton.jit
+def tokens_and_record(rows, starts, block_id, num_kv_heads, num_records):
+    """Return the layer, row, kv head and place of a block's first token, and the number of its record.
+
+    Args:
+        rows: See `triton_encode.encode_blocks`; programs are of a block, and of a layer and kv head.
+        starts: See there.
+        block_id: Of this program's block, int64.
+        num_kv_heads: Of a layer.
+        num_records: Of a layer.
+    """
+    block = tl.program_id(0)
+    layer = (tl.program_id(1) // num_kv_heads).to(tl.int64)
+    head = (tl.program_id(1) % num_kv_heads).to(tl.int64)
+    row = tl.load(rows + block).to(tl.int64)
+    start = tl.load(starts + block).to(tl.int64)
+    return layer, row, head, start, (layer * num_records + block_id) * num_kv_heads + head
 
 
 @triton.jit

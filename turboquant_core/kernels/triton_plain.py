@@ -10,6 +10,7 @@ from triton import language as tl
 
 from turboquant_core.exact_codec import ExactCodec
 from turboquant_core.kernels.triton_launch import next_power_of_2, quick_launch
+from turboquant_core.kernels.triton_places import tokens_and_record
 
 
 def read_plain_blocks(
@@ -136,15 +137,10 @@ def _make_plain(
     VALUE_DIM: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    block = tl.program_id(0)
-    layer = (tl.program_id(1) // num_kv_heads).to(tl.int64)
-    head = (tl.program_id(1) % num_kv_heads).to(tl.int64)
-    block_id = tl.load(block_ids + block).to(tl.int64)
+    block_id = tl.load(block_ids + tl.program_id(0)).to(tl.int64)
     if block_id < 0:
         return
-    row = tl.load(rows + block).to(tl.int64)
-    start = tl.load(starts + block).to(tl.int64)
-    record = (layer * num_records + block_id) * num_kv_heads + head
+    layer, row, head, start, record = tokens_and_record(rows, starts, block_id, num_kv_heads, num_records)
     token = tl.arange(0, 64)[:, None]
     dim = tl.arange(0, COLS)[None, :]
     half = numbers + record * _half(64, KEY_DIM, VALUE_DIM) + _half(token, KEY_DIM, VALUE_DIM)
