@@ -3,6 +3,8 @@
 So a CUDA graph finds there what the next step has. Small numbers of all requests and groups go to the device
 in one copy. Block tables go there when they have changed, and a request's row is made when it has: a request
 that sees everything gets a block every 64 tokens. Knows no keys and values.
+
+On the host it computes with NumPy: torch's operations let other threads have the interpreter's lock.
 """
 # mypy: disable-error-code="no-untyped-call"
 # (torch's own methods)
@@ -10,7 +12,10 @@ that sees everything gets a block every 64 tokens. Knows no keys and values.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -18,6 +23,8 @@ from turboquant_core.config import BLOCK_SIZE
 from turboquant_core.request_cache import RequestCache, Visibility
 from turboquant_core.step_plan import Chunk, DecodePlan, DecodeTables, visible_blocks
 from turboquant_core.timeline import Timeline
+
+Integers: TypeAlias = npt.NDArray[np.int64]
 
 # Rows of numbers: slots, positions and exact_starts, then first_visible, block_starts, num_blocks and two of
 # counts_before of each group, then those of the caller. See `DecodeTables`.
@@ -75,31 +82,32 @@ class DecodeBuffers:
             extra: Rows of the caller's numbers, one for each chunk.
         """
         num_chunks, num_rows = len(chunks), num_rows or len(chunks)
-        slots = [chunk.cache.slot for chunk in chunks]
-        are_new = [self._caches[chunk.cache.slot] is not chunk.cache for chunk in chunks]
-        self.reserve(num_rows, 0)
-        # From pinned memory, which is not used for anything else before the copy has been made.
-        columns = torch.zeros(
-            self._num_columns, num_rows + 1, dtype=torch.int32, pin_memory=self._device.type == "cuda"
-        )
-        columns[0, num_chunks:] = -1
-        rows = columns[:, :num_chunks]
+        slots = _integers([chunk.cache.slot for chunk in chunks])
+        are_new = np.array([self._caches[chunk.cache.slot] is not chunk.cache for chunk in chunks], bool)
         num_visible = _integers(
             [self._timeline.num_visible_blocks(chunk.start, chunk.num_prompt_tokens) for chunk in chunks]
         )
-        rows[0], rows[1] = _integers(slots), _integers([chunk.start for chunk in chunks])
+        self.reserve(num_rows, 0)
+        # From pinned memory, which is not used for anything else before the copy has been made.
+        uploaded = torch.zeros(
+            self._num_columns, num_rows + 1, dtype=torch.int32, pin_memory=self._device.type == "cuda"
+        )
+        columns = uploaded.numpy()
+        columns[0, num_chunks:] = -1
+        rows = columns[:, :num_chunks]
+        rows[0], rows[1] = slots, [chunk.start for chunk in chunks]
         rows[2] = self._timeline.num_sinks + BLOCK_SIZE * num_visible
-        requests_before = torch.arange(num_rows + 1).clamp(max=num_chunks)
+        requests_before = np.minimum(np.arange(num_rows + 1), num_chunks)
         for index, group in enumerate(self._groups):
             first = _NUM_COMMON + _NUM_OF_GROUP * index
             first_visible, block_starts, num_blocks = group.fill(chunks, slots, are_new, num_visible)
             rows[first], rows[first + 1], rows[first + 2] = first_visible, block_starts, num_blocks
             columns[first + 3] = requests_before
-            columns[first + 4, 1 : num_chunks + 1] = num_blocks.cumsum(0)
+            columns[first + 4, 1 : num_chunks + 1] = num_blocks.cumsum()
             columns[first + 4, num_chunks + 1 :] = num_blocks.sum()
         for index, numbers in enumerate(extra, start=self._first_extra):
-            rows[index] = _integers(numbers)
-        self._columns(num_rows).copy_(columns, non_blocking=True)
+            rows[index] = numbers
+        self._columns(num_rows).copy_(uploaded, non_blocking=True)
         for chunk in chunks:
             self._caches[chunk.cache.slot] = chunk.cache
 
@@ -160,12 +168,12 @@ class _BlockTables:
         self._group = group
         self._visibility = visibility
         self._timeline = timeline
-        self._by_slot = torch.zeros(num_slots, 0, dtype=torch.int32)
+        self._by_slot = np.zeros((num_slots, 0), dtype=np.int32)
         # Which blocks of its request each row has: from this one, up to that one.
-        self._bounds = torch.zeros(num_slots, 2, dtype=torch.int64)
+        self._bounds = np.zeros((num_slots, 2), dtype=np.int64)
         self._by_row = torch.zeros(0, 0, dtype=torch.int32, device=device)
         self._width = 0
-        self._slots: list[int] = []  # of the rows on the device
+        self._slots = np.zeros(0, dtype=np.int64)  # of the rows on the device
 
     def reserve(self, num_rows: int, num_blocks: int) -> None:
         """Have room for so many rows of so many blocks."""
@@ -173,46 +181,43 @@ class _BlockTables:
         if num_rows > old_rows or num_blocks > old_blocks:
             shape = max(num_rows, old_rows), max(num_blocks, old_blocks)
             self._by_row = self._by_row.new_zeros(shape)
-            self._slots = []
-        if num_blocks > self._by_slot.shape[1]:
-            by_slot = self._by_slot.new_zeros(len(self._by_slot), num_blocks)
-            by_slot[:, : self._by_slot.shape[1]] = self._by_slot
-            self._by_slot = by_slot
+            self._slots = self._slots[:0]
+        num_more = num_blocks - self._by_slot.shape[1]
+        if num_more > 0:
+            self._by_slot = np.pad(self._by_slot, ((0, 0), (0, num_more)))
 
     def fill(
         self,
         chunks: Sequence[Chunk],
-        slots: list[int],
-        are_new: list[bool],
-        num_visible: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        slots: Integers,
+        are_new: npt.NDArray[np.bool_],
+        num_visible: Integers,
+    ) -> tuple[Integers, Integers, Integers]:
         """Bring the tables up to date; return first_visible, block_starts and num_blocks of each chunk."""
         num_sinks = self._timeline.num_sinks
-        first_visible = torch.zeros_like(num_visible)
+        first_visible = np.zeros_like(num_visible)
         if self._visibility != Visibility():
-            first_visible = _integers([self._visibility.first_visible(chunk.start) for chunk in chunks])
-        first = torch.minimum((first_visible - num_sinks).clamp_(min=0) // BLOCK_SIZE, num_visible)
-        bounds = torch.stack([first, num_visible], dim=1)
-        have_changed = (self._bounds[slots] != bounds).any(dim=1)
-        have_changed |= torch.tensor(are_new, dtype=torch.bool)
-        changed = have_changed.nonzero()[:, 0].tolist()
+            first_visible[:] = [self._visibility.first_visible(chunk.start) for chunk in chunks]
+        first = np.minimum(np.maximum(first_visible - num_sinks, 0) // BLOCK_SIZE, num_visible)
+        bounds = np.stack([first, num_visible], axis=1)
+        changed = np.flatnonzero((self._bounds[slots] != bounds).any(axis=1) | are_new).tolist()
         num_blocks = num_visible - first
-        self._width = max(num_blocks.tolist(), default=0)
+        self._width = int(num_blocks.max(initial=0))
         if self._width > self._by_row.shape[1]:
             self.reserve(0, max(self._width, 2 * self._by_row.shape[1]))
         for row in changed:
             ids = visible_blocks(chunks[row], self._group, self._visibility, self._timeline).ids
-            self._by_slot[slots[row], : len(ids)] = _integers(ids)
-        if changed or slots != self._slots:
+            self._by_slot[slots[row], : len(ids)] = ids
+        if changed or not np.array_equal(slots, self._slots):
             self._copy(slots)
             self._bounds[slots], self._slots = bounds, slots
         return first_visible, num_sinks + BLOCK_SIZE * first, num_blocks
 
-    def _copy(self, slots: list[int]) -> None:
+    def _copy(self, slots: Integers) -> None:
         """Copy the rows of slots to the device."""
         is_cuda = self._by_row.device.type == "cuda"
         rows = torch.empty(len(slots), self._width, dtype=torch.int32, pin_memory=is_cuda)
-        torch.index_select(self._by_slot[:, : self._width], 0, _integers(slots), out=rows)
+        np.take(self._by_slot[:, : self._width], slots, axis=0, out=rows.numpy(), mode="clip")
         self._by_row[: len(slots), : self._width].copy_(rows, non_blocking=True)
 
     def tables(self, num_rows: int, *, is_whole: bool) -> Tensor:
@@ -220,5 +225,5 @@ class _BlockTables:
         return self._by_row[:num_rows] if is_whole else self._by_row[:num_rows, : self._width]
 
 
-def _integers(numbers: Sequence[int]) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.int64)
+def _integers(numbers: Sequence[int]) -> Integers:
+    return np.array(numbers, dtype=np.int64)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +18,7 @@ from turboquant_core.request_cache import RequestCache, Visibility
 from turboquant_core.timeline import Timeline
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Tokens of one request that are computed together: queries that see the same blocks.
 
     Attributes:

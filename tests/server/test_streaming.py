@@ -7,9 +7,15 @@ from typing import Any
 
 import httpx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from openai import OpenAI
 from openai.types import Completion
 from openai.types.chat import ChatCompletionChunk
+
+from turboquant_server.api import response_models
+from turboquant_server.api.completion_request import CompletionRequest
+from turboquant_server.api.generation import NO_CHOICES, chunk_writer
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -61,6 +67,24 @@ def test_a_completion_stream_ends_with_the_reason_and_done(http: httpx.Client) -
     assert chunks[0].keys() == chunks[-1].keys()
     assert len({(chunk["id"], chunk["created"], chunk["model"]) for chunk in chunks}) == 1
     assert not any(b'"usage"' in chunk for chunk in data)
+
+
+@given(
+    model=st.text() | st.just(NO_CHOICES),
+    texts=st.lists(st.text() | st.just(NO_CHOICES), max_size=2),
+    include_usage=st.booleans(),
+)
+def test_a_chunk_is_what_pydantic_writes(model: str, texts: list[str], include_usage: bool) -> None:
+    template = response_models.Completion(id="cmpl-1", created=1, model=model, choices=[])
+    choices = [
+        response_models.CompletionChoice(index=index, text=text, finish_reason=None)
+        for index, text in enumerate(texts)
+    ]
+    whole = template.model_copy(update={"choices": choices})
+    expected = whole.model_dump_json(exclude=None if include_usage else {"usage"})
+    options = {"stream_options": {"include_usage": include_usage}}
+    body = CompletionRequest.model_validate({"prompt": "", "stream": True, **options})
+    assert chunk_writer(template, body, [], num_choices=1)(choices=choices) == expected
 
 
 @pytest.mark.parametrize(("path", "body"), [(CHAT, chat_body()), (COMPLETIONS, completion_body())], ids=str)

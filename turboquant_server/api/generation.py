@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 # The index of an answer and what a step adds to it. Each prompt has `n` answers, one after another.
 Outputs: TypeAlias = AsyncGenerator[tuple[int, RequestOutput], None]
 
+# As JSON, in which these characters cannot be a part of a string.
+NO_CHOICES = '"choices":[]'
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -272,11 +275,20 @@ def count_usage(answers: Sequence[Answer], num_choices: int) -> CompletionUsage:
 def chunk_writer(
     template: BaseModel, body: CompletionsRequest, answers: Sequence[Answer], num_choices: int
 ) -> Callable[..., str]:
-    """Return what gives a template fields and makes it JSON, with usage and timings so far if wanted."""
+    """Return what gives a template choices and other fields and makes it JSON.
 
-    def write(**fields: object) -> str:
+    With usage and timings so far, if they are wanted. Without, most chunks differ in their choices only, and
+    only these have to be written.
+    """
+    head, tail = format_chunk(template, body.include_usage).split(NO_CHOICES)
+    are_told_on_the_way = body.continuous_usage or body.timings_per_token
+
+    def write(choices: Sequence[BaseModel] = (), **fields: object) -> str:
+        if not (fields or are_told_on_the_way):
+            return f'{head}"choices":[{",".join(choice.model_dump_json() for choice in choices)}]{tail}'
         usage = count_usage(answers, num_choices) if body.continuous_usage else None
         timings = measure_timings(answers, num_choices) if body.timings_per_token else None
-        return format_chunk(template, body.include_usage, **{"usage": usage, "timings": timings, **fields})
+        fields = {"choices": [*choices], "usage": usage, "timings": timings, **fields}
+        return format_chunk(template, body.include_usage, **fields)
 
     return write

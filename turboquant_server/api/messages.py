@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from fastapi import Request
 from fastapi.responses import Response
+from pydantic_core import to_json
 from sse_starlette import ServerSentEvent
 
 from turboquant_server.api.chat_answer import ChatAnswer
@@ -20,7 +21,7 @@ from turboquant_server.api.messages_chat import to_chat
 from turboquant_server.api.messages_error import to_messages_error
 from turboquant_server.api.messages_models import Message, MessageUsage, StopReason, TokenCount
 from turboquant_server.api.messages_request import CountTokensRequest, MessagesRequest
-from turboquant_server.api.streaming import end_with_error, name_event, send_events
+from turboquant_server.api.streaming import LINE_END, end_with_error, name_event, send_events
 from turboquant_server.engine.request import FinishReason
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from turboquant_server.model_manager import ModelManager
 
 PING: Event = {"type": "ping"}
+KEEP_ALIVE = ServerSentEvent(to_json(PING).decode(), event="ping", sep=LINE_END)
 
 
 async def create_message(
@@ -49,7 +51,7 @@ async def create_message(
     outputs = generate(model_manager, [chat.prompt], message.id)
     if body.stream:
         interval = model_manager.config.sse_keep_alive_interval
-        return send_events(_read_events(outputs, message), interval, name_event(PING))
+        return send_events(_read_events(outputs, message), interval, KEEP_ALIVE)
     await collect(outputs, [answer], http_request)
     message.take_deltas()
     message.blocks.close()
@@ -130,7 +132,7 @@ class _OpenMessage:
         return "end_turn" if self.answer.stop_string is None else "stop_sequence"
 
 
-async def _read_events(outputs: Outputs, message: _OpenMessage) -> AsyncGenerator[ServerSentEvent, None]:
+async def _read_events(outputs: Outputs, message: _OpenMessage) -> AsyncGenerator[bytes, None]:
     async with aclosing(outputs), aclosing(_write_events(outputs, message)) as events:
         try:
             async for event in events:

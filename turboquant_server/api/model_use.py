@@ -13,7 +13,7 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from turboquant_server.api.errors import ApiError, unavailable
 from turboquant_server.api.generation import while_client_waits
-from turboquant_server.api.messages import PING
+from turboquant_server.api.messages import KEEP_ALIVE as MESSAGES_KEEP_ALIVE
 from turboquant_server.api.messages_error import to_messages_error
 from turboquant_server.api.prompts import PromptTokenizer
 from turboquant_server.api.responses_error import to_error_event
@@ -50,7 +50,7 @@ class StreamForm(NamedTuple):
 
 CHUNKS = StreamForm(KEEP_ALIVE, lambda error: [error.body.model_dump_json(), "[DONE]"])
 MESSAGE_EVENTS = StreamForm(
-    name_event(PING), lambda error: [name_event(to_messages_error(error).model_dump())]
+    MESSAGES_KEEP_ALIVE, lambda error: [name_event(to_messages_error(error).model_dump())]
 )
 RESPONSE_EVENTS = StreamForm(KEEP_ALIVE, lambda error: [name_event(to_error_event(error, num_events=0))])
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from fastapi import Request
 from fastapi.responses import Response
-from sse_starlette import ServerSentEvent
 
 from turboquant_server.api.chat_generation import prepare_chat, write_chat
 from turboquant_server.api.errors import ApiError, renaming
@@ -124,7 +123,7 @@ def _begin(model: str, body: ResponsesRequest) -> ModelResponse:
     )
 
 
-async def _read_events(outputs: Outputs, writer: ResponseWriter) -> AsyncGenerator[ServerSentEvent, None]:
+async def _read_events(outputs: Outputs, writer: ResponseWriter) -> AsyncGenerator[bytes, None]:
     async with aclosing(_write_events(outputs, writer)) as events:
         try:
             async for event in events:

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from pydantic_core import to_json
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from sse_starlette.sse import AppStatus
+from starlette.types import Message, Send
 
 from turboquant_server.api.errors import ApiError, to_api_error
 from turboquant_server.engine.request import EngineDeadError, RequestFailedError
@@ -47,7 +48,7 @@ def send_events(
     keep_alive: ServerSentEvent,
 ) -> EventSourceResponse:
     """Return a response of events that are complete: nothing is added at their end, or where they fail."""
-    return EventSourceResponse(
+    return _EventResponse(
         events,
         sep=LINE_END,
         ping=keep_alive_interval,
@@ -56,9 +57,9 @@ def send_events(
     )
 
 
-def name_event(event: Mapping[str, Any]) -> ServerSentEvent:
+def name_event(event: Mapping[str, Any]) -> bytes:
     """Return an event that has its type for a name, too, as streams with events of several types do."""
-    return ServerSentEvent(to_json(event).decode(), event=event["type"], sep=LINE_END)
+    return _encode(to_json(event).decode(), f"event: {event['type']}{LINE_END}")
 
 
 def end_with_error(error: Exception) -> ApiError:
@@ -77,12 +78,26 @@ def format_chunk(template: BaseModel, include_usage: bool, **fields: object) -> 
     return chunk.model_dump_json(exclude=None if include_usage else {"usage"})
 
 
+class _EventResponse(EventSourceResponse):
+    """Send events without a time limit, which sse-starlette would set up for each, be there one or not.
+
+    That takes a quarter of the time that an event takes.
+    """
+
+    async def _send_with_timeout(self, send: Send, message: Message) -> None:
+        await send(message)
+
+
 async def _read_events(chunks: AsyncGenerator[str, None]) -> AsyncGenerator[Event, None]:
     async with aclosing(chunks):
         try:
             async for chunk in chunks:
-                # What a ServerSentEvent would become, in less time: JSON has no line breaks.
-                yield f"data: {chunk}{2 * LINE_END}".encode()
+                yield _encode(chunk)
         except Exception as error:
             yield end_with_error(error).body.model_dump_json()
     yield "[DONE]"
+
+
+def _encode(data: str, name: str = "") -> bytes:
+    """Do what a ServerSentEvent would, in less time: JSON has no line breaks."""
+    return f"{name}data: {data}{2 * LINE_END}".encode()

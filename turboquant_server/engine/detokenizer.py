@@ -97,7 +97,7 @@ class Detokenizer:
             self._held_tokens = []
         if self.stopped:
             return ""
-        if self._num_unwatched_tokens >= 0:
+        if self._num_unwatched_tokens >= 0 or not self._stop:
             return new_text
         piece = self._held_text + new_text
         matches = [(start + len(stop), start) for stop in self._stop if (start := piece.find(stop)) >= 0]

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from turboquant_core import Chunk, Moves, RequestCache, Timeline
 from turboquant_server.engine.request import FinishReason, Request, RequestStatus
@@ -20,8 +20,7 @@ from turboquant_server.engine.request import FinishReason, Request, RequestStatu
 OpenCache: TypeAlias = Callable[[Sequence[int], int, bytes], RequestCache | None]
 
 
-@dataclass(frozen=True)
-class ScheduledRequest:
+class ScheduledRequest(NamedTuple):
     """A request and the chunks of its tokens that a step computes."""
 
     request: Request
