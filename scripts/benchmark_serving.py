@@ -29,6 +29,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import uvloop
 from serving_client import ENDPOINTS, Answer, ServerClient, ServerError
 from serving_load import Load, arrival_times
 from serving_prompts import PromptMaker
@@ -235,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     about: dict[str, Any] = {}
     end: str | int = 0
     try:
-        asyncio.run(measure(args, loads, about))
+        uvloop.run(measure(args, loads, about))
     except ServerError as error:
         end = f"benchmark_serving.py: {error}"
     except asyncio.CancelledError:

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any
 
 import httpx
+from stream_transport import StreamTransport
 
 ENDPOINTS = {"completions": "completions", "chat": "chat/completions"}
 TEXT_FIELDS = ("text", "content", "reasoning_content", "reasoning")
@@ -106,8 +107,7 @@ Ask = Callable[[str, int], Awaitable[Answer]]
 class ServerClient:
     """One server's URL, over connections that are kept open between requests.
 
-    Each connection is an `httpx.AsyncClient` of its own: one of several hundred connections looks through all
-    of them whenever a request starts or ends, for seconds in the end, and that would be measured, too.
+    Each connection is an `httpx.AsyncClient` of its own, with a `StreamTransport`.
 
     Args:
         base_url: Up to and with ``/v1``.
@@ -155,7 +155,8 @@ class ServerClient:
 
     def _open(self) -> httpx.AsyncClient:
         timeout = httpx.Timeout(None, connect=CONNECT_SECONDS)  # an answer may wait its turn for long
-        return httpx.AsyncClient(headers=self._headers, timeout=timeout, verify=self._ssl_context)
+        transport = StreamTransport(self._ssl_context)
+        return httpx.AsyncClient(headers=self._headers, timeout=timeout, transport=transport)
 
     async def first_model(self) -> str:
         """Return the first of the server's models.

@@ -1,0 +1,67 @@
+"""The load generator's transport, on servers that write what a test says."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Sequence
+
+import httpx
+import pytest
+from stream_transport import StreamTransport
+
+HEAD = b"HTTP/1.1 200 OK\r\n"
+COMPLETE = HEAD + b"Content-Length: 2\r\n\r\nhi"
+BEGUN = HEAD + b"Transfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n"
+
+
+async def ask(answers: Sequence[bytes], *, closes: bool) -> tuple[list[str], int]:
+    """Return what a request for each answer gets, and how many connections they take."""
+    written = iter(answers)
+    connections = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        while await reader.readuntil(b"\r\n\r\n"):
+            for byte in next(written):  # as slowly as it may come
+                writer.write(bytes([byte]))
+                await writer.drain()
+            if closes:
+                break
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+        transport = StreamTransport(ssl.create_default_context())
+        async with httpx.AsyncClient(transport=transport) as client:
+            return [(await client.get(url)).text for _ in answers], connections
+
+
+def test_requests_share_a_connection() -> None:
+    assert asyncio.run(ask([COMPLETE, BEGUN + b"0\r\n\r\n", COMPLETE], closes=False)) == (["hi"] * 3, 1)
+
+
+def test_a_connection_that_the_server_has_closed_is_opened_again() -> None:
+    closing = COMPLETE.replace(b"Content", b"Connection: close\r\nContent")
+    assert asyncio.run(ask([closing, closing], closes=True)) == (["hi"] * 2, 2)
+
+
+def test_a_body_may_end_with_its_connection() -> None:
+    assert asyncio.run(ask([HEAD + b"\r\nhi"], closes=True)) == (["hi"], 1)
+
+
+@pytest.mark.parametrize("answer", [b"", HEAD, BEGUN, b"220 mail.example ESMTP\r\n"])
+def test_what_is_no_whole_response_is_an_error(answer: bytes) -> None:
+    with pytest.raises(httpx.RemoteProtocolError):
+        asyncio.run(ask([answer], closes=True))
+
+
+def test_a_port_where_nobody_listens_is_an_error() -> None:
+    async def get() -> None:
+        transport = StreamTransport(ssl.create_default_context())
+        async with httpx.AsyncClient(transport=transport) as client:
+            await client.get("http://127.0.0.1:1/v1")
+
+    with pytest.raises(httpx.ConnectError):
+        asyncio.run(get())
