@@ -45,7 +45,7 @@ class Prompt:
 class Answer:
     """What the engine has generated for one choice so far."""
 
-    text: str = ""
+    pieces: list[str] = field(default_factory=list)  # of its text
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     num_output_tokens: int = 0
@@ -59,9 +59,14 @@ class Answer:
     first_time: float | None = None
     last_time: float = 0.0
 
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return "".join(self.pieces)
+
     def add(self, output: RequestOutput) -> None:
         """Append what one step has added."""
-        self.text += output.text
+        self.pieces.append(output.text)
         self.num_prompt_tokens = output.num_prompt_tokens
         self.num_cached_tokens = output.num_cached_tokens
         self.num_output_tokens = output.num_output_tokens
