@@ -121,7 +121,7 @@ class CheckingRunner:
     def tokens_of(self, request: Request) -> list[int]:
         """Return a request's tokens, that included which only the step before knows."""
         *known, newest = request.token_ids
-        assert all(token_id >= 0 for token_id in known)
+        assert min(known, default=0) >= 0
         return [*known, newest if newest >= 0 else self.tokens[-1 - newest]]
 
     def check_cuts(self, request: Request, chunks: Sequence[Chunk]) -> None:
