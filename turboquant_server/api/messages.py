@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 
 from fastapi import Request
 from fastapi.responses import Response
-from pydantic_core import to_json
-from sse_starlette import ServerSentEvent
 
 from turboquant_server.api.chat_answer import ChatAnswer
 from turboquant_server.api.chat_generation import prepare_chat, write_chat
@@ -21,7 +19,7 @@ from turboquant_server.api.messages_chat import to_chat
 from turboquant_server.api.messages_error import to_messages_error
 from turboquant_server.api.messages_models import Message, MessageUsage, StopReason, TokenCount
 from turboquant_server.api.messages_request import CountTokensRequest, MessagesRequest
-from turboquant_server.api.streaming import LINE_END, end_with_error, name_event, send_events
+from turboquant_server.api.streaming import end_with_error, name_event, send_events
 from turboquant_server.engine.request import FinishReason
 
 if TYPE_CHECKING:
@@ -29,7 +27,6 @@ if TYPE_CHECKING:
     from turboquant_server.model_manager import ModelManager
 
 PING: Event = {"type": "ping"}
-KEEP_ALIVE = ServerSentEvent(to_json(PING).decode(), event="ping", sep=LINE_END)
 
 
 async def create_message(
@@ -51,7 +48,7 @@ async def create_message(
     outputs = generate(model_manager, [chat.prompt], message.id)
     if body.stream:
         interval = model_manager.config.sse_keep_alive_interval
-        return send_events(_read_events(outputs, message), interval, KEEP_ALIVE)
+        return send_events(_read_events(outputs, message), interval, name_event(PING))
     await collect(outputs, [answer], http_request)
     message.take_deltas()
     message.blocks.close()

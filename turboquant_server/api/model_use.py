@@ -9,15 +9,22 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, cast
 
 from fastapi import Request
 from fastapi.responses import Response
-from sse_starlette import EventSourceResponse, ServerSentEvent
+from sse_starlette import EventSourceResponse
 
 from turboquant_server.api.errors import ApiError, unavailable
 from turboquant_server.api.generation import while_client_waits
-from turboquant_server.api.messages import KEEP_ALIVE as MESSAGES_KEEP_ALIVE
+from turboquant_server.api.messages import PING
 from turboquant_server.api.messages_error import to_messages_error
 from turboquant_server.api.prompts import PromptTokenizer
 from turboquant_server.api.responses_error import to_error_event
-from turboquant_server.api.streaming import KEEP_ALIVE, Event, end_with_error, name_event, send_events
+from turboquant_server.api.streaming import (
+    DONE,
+    KEEP_ALIVE,
+    data_event,
+    end_with_error,
+    name_event,
+    send_events,
+)
 
 if TYPE_CHECKING:
     from turboquant_server.model_life import Models
@@ -44,13 +51,13 @@ StreamBody = TypeVar("StreamBody", bound=_StreamBody)
 class StreamForm(NamedTuple):
     """How a stream looks before it begins: what keeps it open, and how an error ends it."""
 
-    keep_alive: ServerSentEvent
-    write_error: Callable[[ApiError], Sequence[Event]]
+    keep_alive: bytes
+    write_error: Callable[[ApiError], Sequence[bytes]]
 
 
-CHUNKS = StreamForm(KEEP_ALIVE, lambda error: [error.body.model_dump_json(), "[DONE]"])
+CHUNKS = StreamForm(KEEP_ALIVE, lambda error: [data_event(error.body.model_dump_json()), DONE])
 MESSAGE_EVENTS = StreamForm(
-    MESSAGES_KEEP_ALIVE, lambda error: [name_event(to_messages_error(error).model_dump())]
+    name_event(PING), lambda error: [name_event(to_messages_error(error).model_dump())]
 )
 RESPONSE_EVENTS = StreamForm(KEEP_ALIVE, lambda error: [name_event(to_error_event(error, num_events=0))])
 
@@ -140,12 +147,12 @@ async def _do(
         models.leave(model)
 
 
-async def _read_events(making: asyncio.Task[Any], form: StreamForm) -> AsyncGenerator[Event, None]:
+async def _read_events(making: asyncio.Task[Any], form: StreamForm) -> AsyncGenerator[bytes, None]:
     try:
         yield form.keep_alive
         response = await making
         assert isinstance(response, EventSourceResponse)
-        events = cast(AsyncGenerator[Event, None], response.body_iterator)
+        events = cast(AsyncGenerator[bytes, None], response.body_iterator)
         async with aclosing(events):
             async for event in events:
                 yield event

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from typing import Any, TypeAlias
+from typing import Any
 
 from pydantic import BaseModel
 from pydantic_core import to_json
-from sse_starlette import EventSourceResponse, ServerSentEvent
+from sse_starlette import EventSourceResponse
 from sse_starlette.sse import AppStatus
 from starlette.types import Message, Send
 
@@ -18,10 +18,8 @@ from turboquant_server.engine.request import EngineDeadError, RequestFailedError
 
 logger = logging.getLogger(__name__)
 
-Event: TypeAlias = str | bytes | ServerSentEvent
-
-LINE_END = "\n"
-KEEP_ALIVE = ServerSentEvent(comment="keep-alive", sep=LINE_END)
+KEEP_ALIVE = b": keep-alive\n\n"
+DONE = b"data: [DONE]\n\n"
 
 
 def finish_streams_on_shutdown() -> None:
@@ -43,23 +41,28 @@ def stream_events(chunks: AsyncGenerator[str, None], keep_alive_interval: float)
 
 
 def send_events(
-    events: AsyncGenerator[Event, None],
+    events: AsyncGenerator[bytes, None],
     keep_alive_interval: float,
-    keep_alive: ServerSentEvent,
+    keep_alive: bytes,
 ) -> EventSourceResponse:
     """Return a response of events that are complete: nothing is added at their end, or where they fail."""
     return _EventResponse(
         events,
-        sep=LINE_END,
         ping=keep_alive_interval,
-        ping_message_factory=lambda: keep_alive,
+        # Bytes are sent as they are, here, too.
+        ping_message_factory=lambda: keep_alive,  # type: ignore[arg-type, return-value]
         headers={"Cache-Control": "no-cache"},
     )
 
 
+def data_event(data: str) -> bytes:
+    """Return an event of one line of data, as JSON is: it has no line breaks."""
+    return f"data: {data}\n\n".encode()
+
+
 def name_event(event: Mapping[str, Any]) -> bytes:
     """Return an event that has its type for a name, too, as streams with events of several types do."""
-    return _encode(to_json(event).decode(), f"event: {event['type']}{LINE_END}")
+    return f"event: {event['type']}\n".encode() + data_event(to_json(event).decode())
 
 
 def end_with_error(error: Exception) -> ApiError:
@@ -88,16 +91,11 @@ class _EventResponse(EventSourceResponse):
         await send(message)
 
 
-async def _read_events(chunks: AsyncGenerator[str, None]) -> AsyncGenerator[Event, None]:
+async def _read_events(chunks: AsyncGenerator[str, None]) -> AsyncGenerator[bytes, None]:
     async with aclosing(chunks):
         try:
             async for chunk in chunks:
-                yield _encode(chunk)
+                yield data_event(chunk)
         except Exception as error:
-            yield end_with_error(error).body.model_dump_json()
-    yield "[DONE]"
-
-
-def _encode(data: str, name: str = "") -> bytes:
-    """Do what a ServerSentEvent would, in less time: JSON has no line breaks."""
-    return f"{name}data: {data}{2 * LINE_END}".encode()
+            yield data_event(end_with_error(error).body.model_dump_json())
+    yield DONE
