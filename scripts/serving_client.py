@@ -155,8 +155,12 @@ class ServerClient:
 
     def _open(self) -> httpx.AsyncClient:
         timeout = httpx.Timeout(None, connect=CONNECT_SECONDS)  # an answer may wait its turn for long
-        transport = StreamTransport(self._ssl_context)
-        return httpx.AsyncClient(headers=self._headers, timeout=timeout, transport=transport)
+        return httpx.AsyncClient(
+            headers=self._headers,
+            timeout=timeout,
+            transport=StreamTransport(self._ssl_context),
+            verify=self._ssl_context,  # for proxies, which are httpx's own
+        )
 
     async def first_model(self) -> str:
         """Return the first of the server's models.

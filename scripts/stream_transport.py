@@ -93,6 +93,7 @@ class _Connection(asyncio.Protocol, httpx.AsyncByteStream):
         self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.status = 0
         self.headers: list[tuple[bytes, bytes]] = []
+        self._parser = httptools.HttpResponseParser(self)
         self._parts: deque[bytes] = deque()
         self._is_complete = False
         self._error: httpx.RemoteProtocolError | None = None
@@ -100,9 +101,9 @@ class _Connection(asyncio.Protocol, httpx.AsyncByteStream):
 
     async def send(self, request: bytes) -> None:
         """Send a request and wait for the head of the response."""
-        self._parser = httptools.HttpResponseParser(self)
         self.is_reusable = self._is_complete = False
         self.status, self.headers = 0, []
+        self._parts.clear()  # a response need not be read to its end
         self.transport.write(request)
         while not self.status:
             await self._wait()
@@ -146,7 +147,7 @@ class _Connection(asyncio.Protocol, httpx.AsyncByteStream):
 
     def connection_lost(self, error: Exception | None) -> None:
         self.is_reusable = False
-        if self.status and not {name.lower() for name, _ in self.headers} & LENGTH_HEADERS:
+        if error is None and self.status and not {name.lower() for name, _ in self.headers} & LENGTH_HEADERS:
             self._is_complete = True
         message = str(error or "Server disconnected without sending a complete response.")
         self._error = self._error or httpx.RemoteProtocolError(message)
