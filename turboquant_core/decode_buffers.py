@@ -197,7 +197,7 @@ class _BlockTables:
         num_sinks = self._timeline.num_sinks
         first_visible = np.zeros_like(num_visible)
         if self._visibility != Visibility():
-            first_visible[:] = [self._visibility.first_visible(chunk.start) for chunk in chunks]
+            first_visible = _integers([self._visibility.first_visible(chunk.start) for chunk in chunks])
         first = np.minimum(np.maximum(first_visible - num_sinks, 0) // BLOCK_SIZE, num_visible)
         bounds = np.stack([first, num_visible], axis=1)
         changed = np.flatnonzero((self._bounds[slots] != bounds).any(axis=1) | are_new).tolist()
